@@ -1,0 +1,9 @@
+"""The two errors a user can meet. Both carry one line, and the command line turns both into exit code 2."""
+
+
+class InputError(ValueError):
+    """What was passed in cannot be used. The message is one line: what is wrong, and what is allowed."""
+
+
+class SoundnessError(RuntimeError):
+    """An attack broke a certified sample: a defect of swiftsure itself, never of the user's input."""
