@@ -1,0 +1,167 @@
+"""Rows of linear functions on the values of one node, as backward substitution carries them to the input.
+
+A row is the coefficient tensor of one linear function, for one sample. A row that starts at a unit of a convolution
+sees only a window of each earlier map, so it is kept as that window and its place: a unit of mnist_small's second
+convolution holds 10 x 10 input coefficients instead of 28 x 28. Rows become dense where windows stop to pay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """Where the windows of some rows lie: row r, at unit (i, j), starts at (i, j) * stride - offset.
+
+    The offset is a pair of Python integers shared by all rows, so that two windows of the same units (the branches of
+    a residual sum) are aligned without looking at the data.
+    """
+
+    unit: Tensor
+    """(rows, 2): the place of each row's unit on the map where it started."""
+    grid: tuple[int, int]
+    """Height and width of that map."""
+    stride: tuple[int, int]
+    offset: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Coefficients (rows, *shape), or (rows, channels, h, w) inside a window, and the sample each row belongs to."""
+
+    values: Tensor
+    sample: Tensor | None
+    """(rows,): index into the batch; None where the batch holds one sample."""
+    shape: tuple[int, ...]
+    """Shape of the node's values for one sample."""
+    window: Window | None = None
+    spills: bool = False
+    """Whether coefficients may lie outside the map (on zero padding), where they mean nothing."""
+
+    def with_values(self, values: Tensor) -> Rows:
+        """The same rows with other coefficients."""
+        return replace(self, values=values)
+
+    def gather(self, field: Tensor) -> Tensor:
+        """A per-sample field (batch, *shape) at the rows' places, zero outside the map: like `values`, or
+        broadcastable to it."""
+        if self.window is None:
+            return field if self.sample is None else field.index_select(0, self.sample)
+        return _gather_windows(field, self.sample, self.window, self.values.shape[-2:])
+
+    def scale(self, field: Tensor) -> Rows:
+        """Each coefficient times the field's value at its place."""
+        return replace(self, values=self.values * self.gather(field), spills=False)
+
+    def weigh(self, field: Tensor) -> Tensor:
+        """Sum of |coefficient| * field: (rows,)."""
+        magnitude = self.values.abs()
+        if self.window is None and self.sample is None:
+            return magnitude.flatten(1) @ field.flatten()
+        return (magnitude * self.gather(field)).flatten(1).sum(1)
+
+    def inside(self) -> Rows:
+        """The same rows with coefficients on zero padding removed."""
+        if not self.spills or self.window is None:
+            return self
+        ones = self.values.new_ones(1, 1, *self.shape[1:])
+        mask = _gather_windows(ones, None, self.window, self.values.shape[-2:])
+        return replace(self, values=self.values * mask, spills=False)
+
+    def dense(self) -> Rows:
+        """The same rows as full coefficient tensors (rows, *shape)."""
+        if self.window is None:
+            return self
+        (top, left), (height, width) = self.window.offset, self.values.shape[-2:]
+        (rows, channels), (stride_h, stride_w) = self.values.shape[:2], self.window.stride
+        below, right = _overhang(self.window, (height, width), self.shape[1:])
+        padded_h, padded_w = top + self.shape[1] + below, left + self.shape[2] + right
+        first = self.window.unit[:, 0] * stride_h * padded_w + self.window.unit[:, 1] * stride_w
+        index = first[:, None] + _offsets(height, width, padded_w, first.device)
+        canvas = self.values.new_zeros(rows, channels, padded_h * padded_w)
+        canvas = canvas.scatter(2, index[:, None].expand(-1, channels, -1), self.values.flatten(2))
+        canvas = canvas.view(rows, channels, padded_h, padded_w)
+        return Rows(canvas[:, :, top : top + self.shape[1], left : left + self.shape[2]], self.sample, self.shape)
+
+    def reshape(self, shape: tuple[int, ...]) -> Rows:
+        """The same linear functions on values of another shape for one sample."""
+        rows = self.dense()
+        return Rows(rows.values.reshape(-1, *shape), rows.sample, shape)
+
+
+def unit_rows(unit: Tensor, shape: tuple[int, ...], sample: Tensor | None, dtype: torch.dtype) -> Rows:
+    """One row for each unit of a node: coefficient 1 on itself.
+
+    Args:
+        unit: (rows,) index into the flattened node of one sample.
+        shape: the node's shape for one sample.
+        sample: (rows,) or None.
+        dtype: of the coefficients.
+    """
+    if len(shape) != 3:
+        size = 1
+        for n in shape:
+            size *= n
+        return Rows(F.one_hot(unit, size).to(dtype).view(-1, *shape), sample, shape)
+    channels, height, width = shape
+    place = torch.stack([unit % (height * width) // width, unit % width], 1)
+    values = F.one_hot(unit // (height * width), channels).to(dtype)[:, :, None, None]
+    return Rows(values, sample, shape, Window(place, (height, width), (1, 1), (0, 0)))
+
+
+def add(a: Rows, b: Rows) -> Rows:
+    """The sum of two sets of rows on the same node: their windows are joined, or both become dense."""
+    if a.window is None or b.window is None or a.window.stride != b.window.stride:
+        a, b = a.dense(), b.dense()
+        return a.with_values(a.values + b.values)
+    start = [max(p, q) for p, q in zip(a.window.offset, b.window.offset, strict=True)]
+    ends = [
+        max(n - p, m - q)
+        for p, n, q, m in zip(
+            a.window.offset, a.values.shape[-2:], b.window.offset, b.values.shape[-2:], strict=True
+        )
+    ]
+
+    def widened(rows: Rows) -> Tensor:
+        assert rows.window is not None
+        (top, left), (height, width) = rows.window.offset, rows.values.shape[-2:]
+        pads = (start[1] - left, ends[1] + left - width, start[0] - top, ends[0] + top - height)
+        return F.pad(rows.values, pads) if any(pads) else rows.values
+
+    window = a.window._replace(offset=(start[0], start[1]))
+    return replace(a, values=widened(a) + widened(b), window=window, spills=a.spills or b.spills)
+
+
+def _overhang(window: Window, size: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+    """How far the last windows reach over the lower and right edge of the map."""
+    below, right = (
+        max(0, (n - 1) * s - p + k - m)
+        for n, s, p, k, m in zip(window.grid, window.stride, window.offset, size, shape, strict=True)
+    )
+    return below, right
+
+
+def _offsets(height: int, width: int, row_length: int, device: torch.device) -> Tensor:
+    rows = torch.arange(height, device=device) * row_length
+    return (rows[:, None] + torch.arange(width, device=device)).flatten()
+
+
+def _gather_windows(field: Tensor, sample: Tensor | None, window: Window, size: tuple[int, ...] | torch.Size) -> Tensor:
+    """field (batch, channels, H, W), zero-padded, at the windows: (rows, channels, h, w)."""
+    (top, left), (height, width) = window.offset, size
+    below, right = _overhang(window, (height, width), tuple(field.shape[2:]))
+    # Channels last: one index_select copies all channels of a pixel at once, and its backward is an index_add.
+    # Negative offsets (a strided 1x1 convolution) crop instead of pad.
+    padded = F.pad(field.permute(0, 2, 3, 1), (0, 0, left, right, top, below))
+    batch, padded_h, padded_w, channels = padded.shape
+    first = window.unit[:, 0] * (window.stride[0] * padded_w) + window.unit[:, 1] * window.stride[1]
+    if sample is not None:
+        first = first + sample * (padded_h * padded_w)
+    index = (first[:, None] + _offsets(height, width, padded_w, first.device)).flatten()
+    picked = padded.reshape(-1, channels).index_select(0, index)
+    return picked.view(-1, height, width, channels).permute(0, 3, 1, 2)

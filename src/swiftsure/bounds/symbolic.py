@@ -1,0 +1,175 @@
+"""MixTrain's symbolic linear relaxation (Wang et al. 2018, arXiv 1811.02625), by backward substitution.
+
+The relaxation carries, for each value z, an affine function of the input and of one error symbol per unstable unit:
+z = c + sum_p a_p (x_p - x0_p) + sum_k b_k eta_k, with eta in [-1, 1]. At a ReLU with pre-activation bounds
+l < 0 < u the slope is s = u / (u - l): c becomes s c + mu, all coefficients are scaled by s, and a fresh symbol of
+size mu = -s l / 2 appears. Stable units pass or vanish. The bounds of z are c plus or minus what the ball lets
+sum a_p (x_p - x0_p) reach, plus or minus sum |b_k|.
+
+The paper pushes all a and b forward through the layers, a dense tensor of inputs by neurons. With the same slopes and
+the same l, u, the coefficients of one function of one layer are also its gradient taken backward through the affine
+maps, with each ReLU replaced by its slope. So here centres go forward once, like a plain forward pass, and only the
+functions whose range is wanted are taken back: units that intervals leave unstable, and the margins. The values are
+the same; on mnist_small the work is a fraction of the dense form's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swiftsure.bounds import operations as ops
+from swiftsure.bounds.graph import Graph
+from swiftsure.bounds.interval import Intervals, stable
+from swiftsure.bounds.region import Region
+from swiftsure.bounds.rows import Rows, add, unit_rows
+
+ROW_ELEMENTS = 1 << 25
+"""How many coefficients of one node are held at once (128 MiB of float32)."""
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """A ReLU over known pre-activation bounds: s z + mu plus or minus mu, each (batch, *shape)."""
+
+    slope: Tensor
+    error: Tensor
+    """mu: both the lift of the centre and the size of the unit's error symbol; 0 where the unit is stable."""
+
+
+def symbolic(graph: Graph, region: Region, spec: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Bounds of each output, or of linear functions of it, by MixTrain's relaxation.
+
+    A unit that intervals prove stable counts as stable; the l, u of every other unit are the relaxation's own.
+    Outputs are not intersected with intervals: neither technique is tighter everywhere.
+
+    Args:
+        graph: the traced network.
+        region: the inputs to bound over.
+        spec: (batch, functions, classes), or None for the logits themselves.
+
+    Returns:
+        For each output (lower, upper): (batch, functions) or (batch, classes) each.
+    """
+    intervals = Intervals(graph, region)
+    # A node is elementwise in the input, or one linear map away from it; intervals are exact up to there.
+    depth = _linear_depth(graph)
+    centers: dict[int, Tensor] = {}
+    relaxations: dict[int, Relaxation] = {}
+    for index, node in enumerate(graph.nodes):
+        operation = node.operation
+        if isinstance(operation, ops.Input):
+            centers[index] = region.center
+        elif isinstance(operation, ops.Relu):
+            source = node.inputs[0]
+            center = centers[source]
+            relaxation = _relax(graph, region, intervals, relaxations, source, center, exact=depth[source] <= 1)
+            relaxations[index] = relaxation
+            centers[index] = torch.addcmul(relaxation.error, relaxation.slope, center)
+        else:
+            centers[index] = operation.value(*[centers[i] for i in node.inputs])
+
+    bounds = []
+    for output in graph.outputs:
+        batch, classes = centers[output].shape
+        functions = torch.eye(classes, dtype=region.x.dtype, device=region.x.device).expand(batch, -1, -1) if spec is None else spec
+        count = functions.shape[1]
+        sample = _rows_of_samples(batch, count, region.x.device)
+        rows = Rows(functions.reshape(-1, classes), sample, (classes,))
+        below, above = _reach(graph, region, relaxations, output, rows)
+        center = (functions @ centers[output][..., None])[..., 0]
+        bounds.append((center - below.view(batch, count), center + above.view(batch, count)))
+    return bounds
+
+
+def _rows_of_samples(batch: int, count: int, device: torch.device) -> Tensor | None:
+    return None if batch == 1 else torch.arange(batch, device=device).repeat_interleave(count)
+
+
+def _linear_depth(graph: Graph) -> list[int]:
+    """How many mixing maps lie between the input and each node; a ReLU or a sum counts as out of reach."""
+    depth: list[int] = []
+    for node in graph.nodes:
+        if isinstance(node.operation, ops.Input):
+            depth.append(0)
+        elif isinstance(node.operation, ops.Linear | ops.Conv2d):
+            depth.append(depth[node.inputs[0]] + 1)
+        elif isinstance(node.operation, ops.Scale | ops.Reshape):
+            depth.append(depth[node.inputs[0]])
+        else:
+            depth.append(2)
+    return depth
+
+
+def _relax(
+    graph: Graph,
+    region: Region,
+    intervals: Intervals,
+    relaxations: dict[int, Relaxation],
+    source: int,
+    center: Tensor,
+    *,
+    exact: bool,
+) -> Relaxation:
+    """The relaxation of a ReLU on node ``source``, whose centre is given."""
+    active, open_ = stable(*intervals[source])
+    slope = active.to(center.dtype)
+    chosen = open_.flatten().nonzero()[:, 0]
+    if not len(chosen):
+        return Relaxation(slope, torch.zeros_like(slope))
+    middle = center.reshape(-1)[chosen]
+    if exact and region.symmetric:
+        below = above = intervals[source][1].reshape(-1)[chosen]
+    else:
+        below, above = _unit_reach(graph, region, relaxations, source, chosen, center)
+    falls, rises = (below - middle).relu(), (middle + above).relu()
+    # rises / (rises + falls) is u / (u - l), and 1 or 0 where the relaxation itself proves the unit stable.
+    unit_slope = rises / (rises + falls).clamp_min(torch.finfo(slope.dtype).tiny)
+    error = torch.zeros_like(slope).view(-1).index_copy(0, chosen, unit_slope * falls / 2)
+    slope = slope.view(-1).index_copy(0, chosen, unit_slope)
+    return Relaxation(slope.view_as(center), error.view_as(center))
+
+
+def _unit_reach(
+    graph: Graph, region: Region, relaxations: dict[int, Relaxation], source: int, chosen: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far chosen units of a node (indices into its flattened batch) reach below and above their centres."""
+    size = center[0].numel()
+    width = max(_size(graph.nodes[i].shape) for i in graph.ancestors(source))
+    parts = []
+    for part in chosen.split(max(1, ROW_ELEMENTS // width)):
+        sample = None if len(center) == 1 else part.div(size, rounding_mode="floor")
+        unit = part if sample is None else part - sample * size
+        rows = unit_rows(unit, graph.nodes[source].shape, sample, center.dtype)
+        parts.append(_reach(graph, region, relaxations, source, rows))
+    below, above = zip(*parts, strict=True)
+    return torch.cat(below), torch.cat(above)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _reach(
+    graph: Graph, region: Region, relaxations: dict[int, Relaxation], target: int, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    """How far linear functions of a node fall below and rise above their value at its centre: (rows,) each."""
+    pending = {target: rows}
+    errors: Tensor | float = 0.0
+    for index in graph.ancestors(target):
+        rows = pending.pop(index)
+        operation = graph.nodes[index].operation
+        if isinstance(operation, ops.Input):
+            below, above = region.reach(rows)
+            return below + errors, above + errors
+        if isinstance(operation, ops.Relu):
+            relaxation = relaxations[index]
+            errors = errors + rows.weigh(relaxation.error)
+            parts: tuple[Rows, ...] = (rows.scale(relaxation.slope),)
+        else:
+            parts = operation.transpose(rows)
+        for source, part in zip(graph.nodes[index].inputs, parts, strict=True):
+            pending[source] = add(pending[source], part) if source in pending else part
+    raise AssertionError("every node depends on the image")
