@@ -51,7 +51,7 @@ def check_pixels(x: Tensor, shape: Sequence[int] | None = None) -> None:
     """
     if not isinstance(x, Tensor):
         raise InputError(
-            f"images are a {type(x).__name__}; allowed: a torch.Tensor of shape (batch, channels, height, width)"
+            f"images are a {type(x).__name__}; allowed: a torch.Tensor (batch, channels, height, width)"
         )
     if x.dim() != 4:
         raise InputError(f"images have shape {tuple(x.shape)}; allowed: (batch, channels, height, width)")
@@ -62,22 +62,18 @@ def check_pixels(x: Tensor, shape: Sequence[int] | None = None) -> None:
     if x.dtype == torch.uint8:
         return
     if not x.is_floating_point():
-        raise InputError(
-            f"images have dtype {_dtype(x)}; allowed: uint8 (0 to 255) or a float dtype with pixels in [0, 1]"
-        )
+        raise InputError(f"images have dtype {_dtype(x)}; allowed: uint8, or floats with pixels in [0, 1]")
     if x.numel() == 0:
         return
     low, high = (bound.item() for bound in torch.aminmax(x.detach()))
     # A NaN reaches both ends of aminmax, so this one comparison also catches it.
-    if -_SLACK <= low and high <= 1 + _SLACK:
+    if low >= -_SLACK and high <= 1 + _SLACK:
         return
     broken = _first(~torch.isfinite(x))
     if broken is not None:
-        raise InputError(
-            f"image {broken} has a pixel that is NaN or infinite; allowed: finite pixels in [0, 1]"
-        )
+        raise InputError(f"image {broken} has a NaN or infinite pixel; allowed: finite pixels in [0, 1]")
     raise InputError(
-        f"pixels range from {low:.6g} to {high:.6g}; allowed: [0, 1] (divide 8-bit images by 255)"
+        f"pixels range from {low:.6g} to {high:.6g}; allowed: [0, 1] (divide 8-bit values by 255)"
     )
 
 
