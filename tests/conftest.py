@@ -1,0 +1,19 @@
+"""Tests marked ``real_data("mnist")`` run where that set is found, and are skipped by its name elsewhere."""
+
+import pytest
+
+from swiftsure import data
+from swiftsure.errors import InputError
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("real_data"):
+        # A misspelt name must not turn into a silent skip.
+        unknown = set(marker.args) - set(data.names())
+        if unknown or not marker.args:
+            pytest.fail(f"real_data must name data sets out of {data.names()}; it names {marker.args}")
+        for name in marker.args:
+            try:
+                data.path(name)
+            except InputError as error:
+                pytest.skip(str(error))
