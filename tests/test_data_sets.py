@@ -417,6 +417,18 @@ def test_tiny_imagenet_is_decoded_once(tiny, monkeypatch):
     again.test.images.zero_()
 
 
+def test_the_folder_itself_can_be_the_root_and_moves_with_its_cache(tiny, monkeypatch):
+    first = data.load("tiny_imagenet", tiny)
+    moved = tiny / "moved"
+    moved.mkdir()
+    for path in (tiny / "tiny-imagenet-200", *caches(tiny)):
+        if path != moved:
+            path.rename(moved / path.name)
+    monkeypatch.chdir(moved / "tiny-imagenet-200")
+    monkeypatch.setattr(tiny_imagenet, "decode", None)
+    assert data.load("tiny_imagenet", ".").train.sha256() == first.train.sha256()
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "rewritten"])
 def test_a_changed_folder_is_decoded_again(tiny, change):
     data.load("tiny_imagenet", tiny)

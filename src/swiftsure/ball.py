@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -21,11 +22,15 @@ def parse_eps(value: float | str) -> float:
         InputError: it is not a finite number >= 0.
     """
     try:
-        eps = float(Fraction(value.strip()) if isinstance(value, str) else value)
-    except (ValueError, ZeroDivisionError, TypeError):
-        raise InputError(f"eps is {value!r}; allowed: a number >= 0 such as 0.1, or a fraction such as '8/255'") from None
+        # Only a true fraction goes through Fraction, which would expand "1e999999999" digit by digit.
+        eps = float(Fraction(value.strip()) if isinstance(value, str) and "/" in value else value)
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+        allowed = "a number >= 0 such as 0.1, or a fraction such as '8/255'"
+        raise InputError(f"eps is {value!r}; allowed: {allowed}") from None
     if not math.isfinite(eps) or eps < 0:
-        raise InputError(f"eps is {value!r}; allowed: a finite number >= 0, in pixel units (pixels lie in [0, 1])")
+        raise InputError(
+            f"eps is {value!r}; allowed: a finite number >= 0, in pixel units (pixels lie in [0, 1])"
+        )
     return eps
 
 
@@ -40,7 +45,7 @@ class Ball:
         high: largest valid pixel.
 
     Raises:
-        InputError: negative or unreadable eps, unknown norm, or an empty pixel range.
+        InputError: negative or unreadable eps, unknown norm, or an empty or unbounded pixel range.
     """
 
     eps: float | str
@@ -54,8 +59,10 @@ class Ball:
         if norm not in NORMS:
             raise InputError(f"norm is {self.norm!r}; allowed: {', '.join(map(repr, NORMS))}")
         object.__setattr__(self, "norm", norm)
-        if not self.low < self.high:
-            raise InputError(f"pixel range is [{self.low}, {self.high}]; low must be less than high")
+        if not (self.low < self.high and math.isfinite(self.low) and math.isfinite(self.high)):
+            raise InputError(
+                f"pixel range is [{self.low}, {self.high}]; allowed: two finite numbers, low less than high"
+            )
 
     @property
     def radius(self) -> float:
@@ -79,56 +86,133 @@ class Ball:
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The norm of x_adv - x per image: (batch,)."""
-        delta = (x_adv - x).flatten(1)
-        return torch.linalg.vector_norm(delta, ord=math.inf if self.norm == "inf" else float(self.norm), dim=1)
+        return torch.linalg.vector_norm((x_adv - x).flatten(1), ord=float(self.norm), dim=1)
 
     def contains(self, x_adv: Tensor, x: Tensor, slack: float = 1e-5) -> Tensor:
-        """Whether each x_adv lies in the ball around x and in the pixel range: (batch,) bool. NaN never does."""
-        inside = (x_adv >= self.low - 1e-7) & (x_adv <= self.high + 1e-7)
-        return inside.flatten(1).all(1) & (self.distance(x_adv, x) <= self.radius * (1 + slack) + 1e-7)
+        """Whether each x_adv lies in the ball around x and in the pixel range: (batch,) bool. NaN never does.
+
+        slack is relative to eps; a float32 rounding of the largest pixel is allowed on top.
+        """
+        rounding = 1e-7 * max(1.0, abs(self.low), abs(self.high))
+        in_range = (x_adv >= self.low - rounding) & (x_adv <= self.high + rounding)
+        return in_range.flatten(1).all(1) & (self.distance(x_adv, x) <= self.radius * (1 + slack) + rounding)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Bring x_adv back into the ball around x and into the pixel range.
+        """The nearest point (Euclidean) to x_adv that lies in the ball around x and in the pixel range.
 
-        For "inf" it is the nearest point. For "2" and "1": the nearest point of the ball, then of the pixel
-        range; as x itself lies in the range, the second step cannot leave the ball.
+        x itself must lie in the pixel range. A NaN pixel stays NaN for "inf"; for the others it spoils its image.
         """
         if self.norm == "inf":
             lower, upper = self.box(x)
-            return torch.minimum(torch.maximum(x_adv, lower), upper)
-        delta = (x_adv - x).flatten(1)
+            return torch.clamp(x_adv, lower, upper)
+        delta, lower, upper = (t.flatten(1) for t in (x_adv - x, self.low - x, self.high - x))
+        nearest = _project_l2 if self.norm == "2" else _project_l1
+        return self._moved(x, nearest(delta, lower, upper, self.radius))
+
+    def maximiser(self, x: Tensor, direction: Tensor) -> Tensor:
+        """The point x' of the ball around x, inside the pixel range, with the largest <direction, x'>.
+
+        Exact for every norm: a corner of the box ("inf"), a point of the clipped sphere ("2"), the budget
+        spent on the steepest pixels first, each to the end of its range ("1"). Pixels of zero slope stay at x.
+
+        Args:
+            x: images in the pixel range, (B, ...).
+            direction: finite slopes, shaped like x.
+        """
+        if self.norm == "inf":
+            lower, upper = self.box(x)
+            return torch.where(direction > 0, upper, torch.where(direction < 0, lower, x))
+        slope = direction.flatten(1)
+        lower, upper = (self.low - x).flatten(1), (self.high - x).flatten(1)
         if self.norm == "2":
-            length = delta.norm(dim=1, keepdim=True)
-            delta = delta * (self.radius / length.clamp_min(1e-12)).clamp_max(1.0)
-        else:
-            delta = _project_l1(delta, self.radius)
-        return (x + delta.view_as(x)).clamp(self.low, self.high)
+            # Far out along the slope, the nearest point of a convex set is its furthest in that direction.
+            peak = slope.abs().amax(1, keepdim=True)
+            far = torch.where(peak > 0, slope / peak, slope) * (1e4 * (self.high - self.low))
+            return self._moved(x, _project_l2(far, lower, upper, self.radius))
+        return self._moved(x, steepest_l1(slope, torch.where(slope > 0, upper, -lower), self.radius))
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A random point of the ball around each image: uniform for "inf"; for "2" and "1" uniform in direction
-        and volume before the pixel range is applied. Shaped like x."""
+        """A random point of the ball around each image, shaped like x.
+
+        Uniform for "inf" (then clipped to the pixel range); for "2" and "1" uniform in direction and volume
+        before the range is applied. The numbers are drawn where the generator lives and then moved to x.
+        """
+        batch, dims = len(x), math.prod(x.shape[1:])
         if self.norm == "inf":
-            noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return self.project(x + (2 * noise - 1) * self.radius, x)
-        dims = x[0].numel()
-        length = torch.rand(len(x), 1, generator=generator, device=x.device, dtype=x.dtype) ** (1 / dims)
+            noise = _uniform(x.shape, x, generator).mul_(2).sub_(1)
+            return self.project(x + noise * self.radius, x)
+        length = _uniform((batch, 1), x, generator) ** (1 / max(dims, 1))
         if self.norm == "2":
-            delta = torch.randn(len(x), dims, generator=generator, device=x.device, dtype=x.dtype)
+            device = generator.device if generator else x.device
+            delta = torch.randn((batch, dims), generator=generator, device=device, dtype=x.dtype).to(x.device)
             delta = delta / delta.norm(dim=1, keepdim=True).clamp_min(1e-12)
         else:
-            # Exponential magnitudes, normalised, are uniform on the simplex; random signs spread them on the sphere.
-            uniform = torch.rand(len(x), dims, 2, generator=generator, device=x.device, dtype=x.dtype)
+            # Exponential magnitudes, normalised, are uniform on the simplex; random signs reach every orthant.
+            uniform = _uniform((batch, dims, 2), x, generator)
             magnitude = -uniform[..., 0].clamp_min(1e-12).log()
             delta = magnitude / magnitude.sum(1, keepdim=True) * (uniform[..., 1] - 0.5).sign()
         return self.project(x + (delta * length * self.radius).view_as(x), x)
 
+    def _moved(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x + delta, rounded towards x: thousands of pixels rounded outwards add up to more than eps."""
+        return torch.nextafter(x + delta.view_as(x), x).clamp(self.low, self.high)
 
-def _project_l1(delta: Tensor, radius: float) -> Tensor:
-    """The nearest point of the L1 ball of that radius, row by row (Duchi et al. 2008): (batch, dims)."""
+
+def steepest_l1(slope: Tensor, room: Tensor, length: float) -> Tensor:
+    """The move of that L1 length with the largest <slope, move>, where each entry has only so much room.
+
+    The length goes to the entries of largest |slope| first. All arguments and the result are (batch, dims);
+    room >= 0 is counted in the direction of the slope. Entries of zero slope do not move.
+    """
+    order = slope.abs().argsort(dim=1, descending=True)
+    reach = room.gather(1, order)
+    spent = torch.minimum(reach, (length - (reach.cumsum(1) - reach)).clamp_min(0))
+    return torch.zeros_like(spent).scatter_(1, order, spent) * slope.sign()
+
+
+def _uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = generator.device if generator else like.device
+    return torch.rand(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def _project_l2(delta: Tensor, lower: Tensor, upper: Tensor, radius: float) -> Tensor:
+    """The nearest point to delta in the L2 ball of that radius and in [lower, upper], which holds 0.
+
+    By the KKT conditions it is clip(t * delta) for the largest t <= 1 that keeps the norm. Given which pixels
+    clip, t has a closed form; it only grows from round to round, and every round stays inside the ball.
+    All arguments and the result are (batch, dims).
+    """
+    room = torch.where(delta > 0, upper, -lower)
+    clips_at = room / delta.abs()
+    room, squares = room.square(), delta.square()
+    left, free = radius**2, squares.sum(1, keepdim=True)
+    t = torch.zeros_like(free)
+    for _ in range(32):
+        before = t
+        t = torch.maximum(t, (left / free.clamp_min(1e-30)).clamp(0, 1).sqrt())
+        if bool((t - before <= 1e-6 * t).all()):
+            break
+        clips = clips_at < t
+        left = radius**2 - torch.where(clips, room, 0.0).sum(1, keepdim=True)
+        free = torch.where(clips, 0.0, squares).sum(1, keepdim=True)
+    return torch.clamp(delta * t, lower, upper)
+
+
+def _project_l1(delta: Tensor, lower: Tensor, upper: Tensor, radius: float) -> Tensor:
+    """The nearest point to delta in the L1 ball of that radius and in [lower, upper], which holds 0.
+
+    By the KKT conditions it is clip(soft(delta, theta)), soft thresholding by the least theta >= 0 that keeps
+    the norm; found by bisection from the side that always stays inside the ball. Without clipping it is the
+    projection of Duchi et al. (2008). All arguments and the result are (batch, dims).
+    """
     magnitude = delta.abs()
-    ordered = magnitude.sort(dim=1, descending=True).values
-    excess = ordered.cumsum(1) - radius
-    rank = torch.arange(1, delta.shape[1] + 1, device=delta.device, dtype=delta.dtype)
-    last = (ordered * rank > excess).sum(1, keepdim=True).clamp_min(1)
-    threshold = (excess.gather(1, last - 1) / last).clamp_min(0)
-    return torch.where(magnitude.sum(1, keepdim=True) <= radius, delta, delta.sign() * (magnitude - threshold).clamp_min(0))
+    room = torch.where(delta > 0, upper, -lower)
+    inside = torch.minimum(magnitude, room).sum(1, keepdim=True) <= radius
+    above = magnitude.amax(1, keepdim=True) if delta.shape[1] else inside.to(delta.dtype)
+    below = torch.zeros_like(above)
+    for _ in range(30):
+        theta = (below + above) / 2
+        fits = torch.minimum((magnitude - theta).clamp_min_(0), room).sum(1, keepdim=True) <= radius
+        above, below = torch.where(fits, theta, above), torch.where(fits, below, theta)
+    threshold = torch.where(inside, torch.zeros_like(above), above)
+    return torch.minimum((magnitude - threshold).clamp_min(0), room) * delta.sign()

@@ -53,7 +53,8 @@ class Linear:
 
     def transpose(self, rows: Rows) -> tuple[Rows, ...]:
         """a W."""
-        values = rows.values @ self.module.weight
+        weight = self.module.weight
+        values = rows.values @ weight if rows.channel is None else weight.index_select(0, rows.channel)
         return (Rows(values, rows.sample, (self.module.in_features,)),)
 
 
@@ -79,26 +80,22 @@ class Conv2d:
 
     def transpose(self, rows: Rows) -> tuple[Rows, ...]:
         """The transposed convolution; inside windows without padding, which moves into the windows' offset."""
-        m, (stride_h, stride_w) = self.module, self.module.stride
+        m, (stride_h, stride_w), (pad_h, pad_w) = self.module, self.module.stride, self.padding
         if rows.window is None:
-            # Output padding recovers the rows and columns of the input that a strided kernel never reaches.
-            lost = [
-                n - ((k_out - 1) * s - 2 * p + d * (k - 1) + 1)
-                for n, k_out, s, p, d, k in zip(
-                    self.input_shape[1:], rows.shape[1:], m.stride, self.padding, m.dilation, m.kernel_size, strict=True
-                )
-            ]
-            values = F.conv_transpose2d(
-                rows.values, m.weight, None, m.stride, self.padding, lost, m.groups, m.dilation
-            )
+            values = transposed(rows.values, m, self.padding, self.input_shape[1:])
             return (Rows(values, rows.sample, self.input_shape),)
         rows = rows.inside()
         assert rows.window is not None
-        values = F.conv_transpose2d(rows.values, m.weight, None, m.stride, 0, 0, m.groups, m.dilation)
+        if rows.channel is not None and m.groups == 1 and m.dilation == (1, 1):
+            # A single unit's coefficients are its kernel.
+            kernels = m.weight.permute(0, 2, 3, 1).contiguous().index_select(0, rows.channel)
+            values = kernels.permute(0, 3, 1, 2)
+        else:
+            values = transposed(rows.spread().values, m)
         (step_h, step_w), (top, left) = rows.window.stride, rows.window.offset
         window = rows.window._replace(
             stride=(step_h * stride_h, step_w * stride_w),
-            offset=(top * stride_h + self.padding[0], left * stride_w + self.padding[1]),
+            offset=(top * stride_h + pad_h, left * stride_w + pad_w),
         )
         wide = Rows(values, rows.sample, self.input_shape, window, spills=True)
         return (wide.dense() if values[0, 0].numel() >= self.input_shape[1] * self.input_shape[2] else wide,)
@@ -129,6 +126,7 @@ class Scale:
         scale, _ = self.read()
         if scale is None:
             return (rows,)
+        rows = rows.spread()
         if rows.window is not None and scale.dim() == 3 and scale.shape[1:] == (1, 1):
             return (rows.with_values(rows.values * scale),)
         field = scale.expand(1, *rows.shape)
@@ -181,6 +179,40 @@ class Relu:
 @dataclass(frozen=True)
 class Input:
     """The image."""
+
+
+def transposed(
+    values: Tensor, conv: nn.Conv2d, padding: tuple[int, int] = (0, 0), size: tuple[int, ...] | None = None
+) -> Tensor:
+    """The transpose of a convolution: (rows, C_out, h, w) to (rows, C_in, *size), by default the least size it has.
+
+    For few input channels (the image) torch's transposed convolution is several times slower than a convolution, so
+    there each of the stride * stride phases of the result is one, and they are interleaved.
+    """
+    m = conv
+    stride, kernel = m.stride[0], m.kernel_size[0]
+    square = m.stride == (stride, stride) and m.kernel_size == (kernel, kernel)
+    least = [
+        (n - 1) * s - 2 * p + d * (k - 1) + 1
+        for n, s, p, d, k in zip(values.shape[2:], m.stride, padding, m.dilation, m.kernel_size, strict=True)
+    ]
+    # A strided kernel may never reach the last rows and columns of the input: they get zeros.
+    beyond = [0, 0] if size is None else [n - k for n, k in zip(size, least, strict=True)]
+    if m.in_channels > 4 or m.groups != 1 or m.dilation != (1, 1) or not square or kernel % stride:
+        # Channels last halves its time.
+        values = values.contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(values, m.weight, None, m.stride, padding, beyond, m.groups, m.dilation)
+    taps = kernel // stride
+    # (C_out, C_in, tap, phase, tap, phase) to kernels (phase, phase, C_in; C_out, tap, tap), flipped.
+    weight = m.weight.view(m.out_channels, m.in_channels, taps, stride, taps, stride)
+    weight = weight.permute(3, 5, 1, 0, 2, 4).reshape(-1, m.out_channels, taps, taps).flip(2, 3)
+    phases = F.conv2d(values, weight, padding=taps - 1)
+    rows, _, height, width = phases.shape
+    phases = phases.view(rows, stride, stride, m.in_channels, height, width).permute(0, 3, 4, 1, 5, 2)
+    result = phases.reshape(rows, m.in_channels, height * stride, width * stride)
+    (top, left), (lost_h, lost_w) = padding, beyond
+    edges = (-left, lost_w - left, -top, lost_h - top)
+    return F.pad(result, edges) if any(edges) else result
 
 
 Operation = Linear | Conv2d | Scale | Add | Reshape | Relu | Input

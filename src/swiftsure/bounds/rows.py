@@ -42,6 +42,16 @@ class Rows:
     window: Window | None = None
     spills: bool = False
     """Whether coefficients may lie outside the map (on zero padding), where they mean nothing."""
+    channel: Tensor | None = None
+    """(rows,): set while each row is a single unit with coefficient 1; `values` (rows, 1, ...) are then ones."""
+
+    def spread(self) -> Rows:
+        """The same rows with a coefficient for every channel, where they were kept as single units."""
+        if self.channel is None:
+            return self
+        one_hot = F.one_hot(self.channel, self.shape[0]).to(self.values.dtype)
+        values = self.values * one_hot.view(-1, self.shape[0], *[1] * (self.values.dim() - 2))
+        return replace(self, values=values, channel=None)
 
     def with_values(self, values: Tensor) -> Rows:
         """The same rows with other coefficients."""
@@ -50,20 +60,24 @@ class Rows:
     def gather(self, field: Tensor) -> Tensor:
         """A per-sample field (batch, *shape) at the rows' places, zero outside the map: like `values`, or
         broadcastable to it."""
-        if self.window is None:
-            return field if self.sample is None else field.index_select(0, self.sample)
-        return _gather_windows(field, self.sample, self.window, self.values.shape[-2:])
+        if self.window is not None:
+            return _gather_windows(field, self.sample, self.window, self.values.shape[-2:])
+        if self.sample is None:
+            return field
+        if field.dim() != 4:
+            return field.index_select(0, self.sample)
+        # Channels last, as convolutions leave the rows.
+        return field.permute(0, 2, 3, 1).contiguous().index_select(0, self.sample).permute(0, 3, 1, 2)
 
     def scale(self, field: Tensor) -> Rows:
         """Each coefficient times the field's value at its place."""
-        return replace(self, values=self.values * self.gather(field), spills=False)
+        rows = self.spread()
+        return replace(rows, values=rows.values * rows.gather(field), spills=False)
 
     def weigh(self, field: Tensor) -> Tensor:
         """Sum of |coefficient| * field: (rows,)."""
-        magnitude = self.values.abs()
-        if self.window is None and self.sample is None:
-            return magnitude.flatten(1) @ field.flatten()
-        return (magnitude * self.gather(field)).flatten(1).sum(1)
+        rows = self.spread()
+        return (rows.values.abs() * rows.gather(field)).flatten(1).sum(1)
 
     def inside(self) -> Rows:
         """The same rows with coefficients on zero padding removed."""
@@ -76,7 +90,9 @@ class Rows:
     def dense(self) -> Rows:
         """The same rows as full coefficient tensors (rows, *shape)."""
         if self.window is None:
-            return self
+            return self.spread()
+        if self.channel is not None:
+            return self.spread().dense()
         (top, left), (height, width) = self.window.offset, self.values.shape[-2:]
         (rows, channels), (stride_h, stride_w) = self.values.shape[:2], self.window.stride
         below, right = _overhang(self.window, (height, width), self.shape[1:])
@@ -103,19 +119,22 @@ def unit_rows(unit: Tensor, shape: tuple[int, ...], sample: Tensor | None, dtype
         sample: (rows,) or None.
         dtype: of the coefficients.
     """
+    ones = torch.ones(1, dtype=dtype, device=unit.device)
+    if len(shape) == 1:
+        return Rows(ones.expand(len(unit), 1), sample, shape, channel=unit)
     if len(shape) != 3:
-        size = 1
-        for n in shape:
-            size *= n
+        size = torch.Size(shape).numel()
         return Rows(F.one_hot(unit, size).to(dtype).view(-1, *shape), sample, shape)
-    channels, height, width = shape
+    _, height, width = shape
     place = torch.stack([unit % (height * width) // width, unit % width], 1)
-    values = F.one_hot(unit // (height * width), channels).to(dtype)[:, :, None, None]
-    return Rows(values, sample, shape, Window(place, (height, width), (1, 1), (0, 0)))
+    values = ones.expand(len(unit), 1, 1, 1)
+    window = Window(place, (height, width), (1, 1), (0, 0))
+    return Rows(values, sample, shape, window, channel=unit // (height * width))
 
 
 def add(a: Rows, b: Rows) -> Rows:
     """The sum of two sets of rows on the same node: their windows are joined, or both become dense."""
+    a, b = a.spread(), b.spread()
     if a.window is None or b.window is None or a.window.stride != b.window.stride:
         a, b = a.dense(), b.dense()
         return a.with_values(a.values + b.values)
@@ -156,7 +175,6 @@ def _gather_windows(field: Tensor, sample: Tensor | None, window: Window, size: 
     (top, left), (height, width) = window.offset, size
     below, right = _overhang(window, (height, width), tuple(field.shape[2:]))
     # Channels last: one index_select copies all channels of a pixel at once, and its backward is an index_add.
-    # Negative offsets (a strided 1x1 convolution) crop instead of pad.
     padded = F.pad(field.permute(0, 2, 3, 1), (0, 0, left, right, top, below))
     batch, padded_h, padded_w, channels = padded.shape
     first = window.unit[:, 0] * (window.stride[0] * padded_w) + window.unit[:, 1] * window.stride[1]

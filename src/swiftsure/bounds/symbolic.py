@@ -138,14 +138,53 @@ def _unit_reach(
     """How far chosen units of a node (indices into its flattened batch) reach below and above their centres."""
     size = center[0].numel()
     width = max(_size(graph.nodes[i].shape) for i in graph.ancestors(source))
+    # The nearest ReLUs' errors need no rows: |W| mu is one pass through the affine maps, for all units at once.
+    near = _near_errors(graph, relaxations, source, center)
+    skip, error = near if near is not None else (frozenset(), None)
     parts = []
     for part in chosen.split(max(1, ROW_ELEMENTS // width)):
         sample = None if len(center) == 1 else part.div(size, rounding_mode="floor")
         unit = part if sample is None else part - sample * size
         rows = unit_rows(unit, graph.nodes[source].shape, sample, center.dtype)
-        parts.append(_reach(graph, region, relaxations, source, rows))
-    below, above = zip(*parts, strict=True)
-    return torch.cat(below), torch.cat(above)
+        parts.append(_reach(graph, region, relaxations, source, rows, skip))
+    below, above = (torch.cat(side) for side in zip(*parts, strict=True))
+    if error is None:
+        return below, above
+    errors = error.reshape(-1)[chosen]
+    return below + errors, above + errors
+
+
+def _near_errors(
+    graph: Graph, relaxations: dict[int, Relaxation], target: int, center: Tensor
+) -> tuple[frozenset[int], Tensor] | None:
+    """What the ReLUs that every unit of a node sees along one path only add to its reach, and which they are.
+
+    Along several paths (a residual sum) coefficients may cancel before their magnitude counts: those need rows.
+    """
+    paths = dict.fromkeys(graph.ancestors(target), 0)
+    paths[target] = 1
+    for index in paths:
+        for source in graph.nodes[index].inputs:
+            paths[source] += paths[index]
+    near: set[int] = set()
+
+    def errors(index: int) -> Tensor | None:
+        node = graph.nodes[index]
+        if isinstance(node.operation, ops.Relu):
+            if paths[index] > 1:
+                return None
+            near.add(index)
+            return relaxations[index].error
+        if isinstance(node.operation, ops.Input):
+            return None
+        parts = [errors(i) for i in node.inputs]
+        if all(part is None for part in parts):
+            return None
+        known = [center.new_zeros(len(center), *graph.nodes[i].shape) if part is None else part for i, part in zip(node.inputs, parts, strict=True)]
+        return node.operation.radius(*known)
+
+    total = errors(target)
+    return None if total is None else (frozenset(near), total)
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -153,9 +192,17 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _reach(
-    graph: Graph, region: Region, relaxations: dict[int, Relaxation], target: int, rows: Rows
+    graph: Graph,
+    region: Region,
+    relaxations: dict[int, Relaxation],
+    target: int,
+    rows: Rows,
+    skip: frozenset[int] = frozenset(),
 ) -> tuple[Tensor, Tensor]:
-    """How far linear functions of a node fall below and rise above their value at its centre: (rows,) each."""
+    """How far linear functions of a node fall below and rise above their value at its centre: (rows,) each.
+
+    The errors of the ReLUs in ``skip`` are left out: the caller has them.
+    """
     pending = {target: rows}
     errors: Tensor | float = 0.0
     for index in graph.ancestors(target):
@@ -166,7 +213,8 @@ def _reach(
             return below + errors, above + errors
         if isinstance(operation, ops.Relu):
             relaxation = relaxations[index]
-            errors = errors + rows.weigh(relaxation.error)
+            if index not in skip:
+                errors = errors + rows.weigh(relaxation.error)
             parts: tuple[Rows, ...] = (rows.scale(relaxation.slope),)
         else:
             parts = operation.transpose(rows)

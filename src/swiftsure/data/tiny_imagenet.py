@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ def _decoded(folder: Path, files: list[os.DirEntry[str]]) -> NDArray[np.uint8]:
         # Relative, so that a moved folder keeps its cache.
         name = os.path.relpath(file.path, folder)
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    # Absolute first: a root given as "." has no name to put the cache beside.
+    folder = folder.absolute()
     cache = folder.with_name(f"{folder.name}.{digest.hexdigest()[:16]}.npy")
     shape = (len(files), 3, *_SIZE)
     with suppress(OSError, ValueError, EOFError):
@@ -87,7 +90,7 @@ def _keep(images: NDArray[np.uint8], cache: Path) -> None:
         with part.open("xb") as file:
             np.save(file, images, allow_pickle=False)
         part.replace(cache)
-        for old in cache.parent.glob(f"{name}.{'[0-9a-f]' * 16}.npy"):
+        for old in cache.parent.glob(f"{escape(name)}.{'[0-9a-f]' * 16}.npy"):
             if old != cache:
                 old.unlink()
     except OSError:

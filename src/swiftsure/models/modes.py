@@ -15,7 +15,7 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     On leaving, also by an exception, each module has the flag it came with: a trunk that was frozen in
     evaluation mode inside a training network stays so. Nothing but the flags is touched.
     """
-    # The flags are set directly: a network's own train() may do more than set them, and that could not be undone.
+    # The flags are set directly: a network's own train() may do more than that, and it could not be undone.
     found = [(module, module.training) for module in net.modules()]
     try:
         for module, _ in found:
