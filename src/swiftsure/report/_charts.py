@@ -84,11 +84,16 @@ def accuracy_panel(log: Sequence[dict[str, Any]]) -> Panel:
     return _panel("Accuracy on validation", log, series, (low, 1.0), percent)
 
 
+def kept_epoch(log: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The epoch whose weights were kept: the last one marked, as each better epoch is marked in its turn."""
+    return next((entry for entry in reversed(log) if entry.get("chosen") is True), None)
+
+
 def kept_words(log: Sequence[dict[str, Any]]) -> str:
     """What validation said of the chosen epoch, or of the last where none is marked as chosen."""
     if not log:
         return ""
-    kept = _kept(log)
+    kept = kept_epoch(log)
     entry, which = (log[-1], "the last") if kept is None else (kept, "the one kept")
     figures = ", ".join(
         f"{name} {percent(entry[key])}"
@@ -184,7 +189,7 @@ def _panel(
     else:
         y_values = _round_steps(low, high, 4)
     x_values = [value for value in _round_steps(ends[0], ends[1], 6) if value == int(value)] or [ends[0]]
-    kept = _kept(log)
+    kept = kept_epoch(log)
     return Panel(
         title=title,
         lines=tuple(_spread(drawn)),
@@ -193,11 +198,6 @@ def _panel(
         y_ticks=tuple(Tick(down(value), _tick_text(value, say)) for value in y_values),
         kept=None if kept is None else across(kept["epoch"]),
     )
-
-
-def _kept(log: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The epoch whose weights were kept: the last one marked, as each better epoch is marked in its turn."""
-    return next((entry for entry in reversed(log) if entry.get("chosen") is True), None)
 
 
 def _spread(drawn: list[tuple[float, Line]]) -> list[Line]:

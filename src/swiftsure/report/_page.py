@@ -107,6 +107,7 @@ def _single(run: Run) -> dict[str, Any]:
     results = run.results
     head = _words.headline(results)
     attacks = dict(results["robust_accuracy"] or {})
+    stride = -(-len(run.log) // _MOST_EPOCH_ROWS) or 1
     union = attacks.pop("union", None)
     return {
         "run": run,
@@ -121,7 +122,9 @@ def _single(run: Run) -> dict[str, Any]:
             _charts.small_panel(run.log, "eps", "eps in training"),
             _charts.small_panel(run.log, "loss", "Loss"),
         ],
-        "log": run.log[:: -(-len(run.log) // _MOST_EPOCH_ROWS) or 1],
+        "log": run.log[::stride],
+        "stride": stride,
+        "kept": _charts.kept_epoch(run.log),
         "attacks": sorted(attacks.items(), key=lambda item: -item[1]),
         "union": union,
         "margins": _margins(run),
