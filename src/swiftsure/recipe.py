@@ -1,0 +1,295 @@
+"""The typed recipe of a run: the only source of options, for the command line, YAML files and Python alike."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from swiftsure.ball import Ball, parse_eps
+from swiftsure.errors import InputError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass
+class DataChoice:
+    """Which images, and how training copies of them are varied.
+
+    Args:
+        name: a data set's name (`swiftsure data list`).
+        crop: pixels of zero padding before a random crop back to size; 0 for none.
+        flip: mirror half of the images.
+    """
+
+    name: str = "digits"
+    crop: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.crop >= 0, f"data.crop is {self.crop}; allowed: a number of pixels >= 0")
+
+
+@dataclass
+class ModelChoice:
+    """Which network.
+
+    Args:
+        name: a registered network.
+        options: keyword arguments of its builder.
+        warm_start: a run or saved network whose weights training starts from; null for fresh ones.
+    """
+
+    name: str = "digits_small"
+    options: dict[str, Any] = field(default_factory=dict)
+    warm_start: str | None = None
+
+
+@dataclass
+class BallChoice:
+    """The threat model: radius eps in pixel units (a number or "8/255") and its norm."""
+
+    eps: float | str = 0.1
+    norm: str = "inf"
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Ball:
+        """The ball it names."""
+        return Ball(self.eps, self.norm)
+
+
+@dataclass
+class Attack:
+    """The attack that makes training images for the attacked term.
+
+    Args:
+        steps: gradient steps.
+        step_size: in pixel units, a number or "2/255"; null for 2.5 * eps / steps.
+        eps_factor: its radius as a multiple of the current training radius.
+    """
+
+    steps: int = 10
+    step_size: float | str | None = None
+    eps_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            self.step_size = parse_eps(self.step_size)
+        _require(self.steps >= 1, f"attack.steps is {self.steps}; allowed: 1 or more")
+        _require(self.eps_factor > 0, f"attack.eps_factor is {self.eps_factor}; allowed: above 0")
+
+
+@dataclass
+class Mixing:
+    """How the weight of the proven term moves from epoch to epoch (dynamic mixed training).
+
+    Args:
+        controller: constant: stays at `first`.
+            ramp: from `first` to `last` along the eps ramp (linear).
+            geometric: min(first * factor ** (epochs since the ramp // every), last).
+            balanced: times `factor` after an epoch whose clean accuracy on the validation split holds, divided by
+            it when it does not; between `least` and `last`.
+        first: the weight at the start.
+        last: the largest weight (ramp: the weight at the end).
+        least: the smallest weight of balanced.
+        factor: step of geometric and balanced, above 1.
+        every: epochs between two steps of geometric.
+        clean_target: balanced: the clean accuracy to hold, in [0, 1]; null for "within tolerance of the best seen".
+        tolerance: balanced: how far clean accuracy may fall below the best seen.
+        gate: probability that a batch has the proven term at all; otherwise it is trained on the clean term alone.
+    """
+
+    controller: Literal["constant", "ramp", "geometric", "balanced"] = "balanced"
+    first: float = 0.1
+    last: float = 50.0
+    least: float = 0.01
+    factor: float = 1.5
+    every: int = 1
+    clean_target: float | None = None
+    tolerance: float = 0.01
+    gate: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.first >= 0 and self.last >= 0 and self.least > 0,
+            "mixing.first and last must be >= 0, least above 0",
+        )
+        _require(self.factor > 1, f"mixing.factor is {self.factor}; allowed: above 1")
+        _require(self.every >= 1, f"mixing.every is {self.every}; allowed: 1 or more epochs")
+        _require(0 < self.gate <= 1, f"mixing.gate is {self.gate}; allowed: above 0, up to 1")
+        target = self.clean_target
+        _require(target is None or 0 <= target <= 1, f"mixing.clean_target is {target}; allowed: 0 to 1")
+
+
+@dataclass
+class Loss:
+    """sum over exits of clean * CE(x) + attacked * CE(x_adv) + c * CE(worst case over the ball), c from `mixing`.
+
+    Args:
+        clean: weight of the clean term; null for what the other two leave of 1 (at least 0).
+        attacked: weight of the attacked term; 0 to do without an attack.
+        proven: whether there is a proven term.
+        bound: the technique that bounds the worst case; "best" takes for each margin the tighter of both.
+        k: samples of each batch that are bounded, drawn anew without replacement; null for all of them
+            (stochastic robust approximation).
+        mixing: the weight of the proven term.
+        attack: the attack of the attacked term.
+        l1: weight of the sum of |parameter| of all weights.
+    """
+
+    clean: float | None = 1.0
+    attacked: float = 0.0
+    proven: bool = True
+    bound: Literal["interval", "symbolic", "best"] = "symbolic"
+    k: int | None = 1
+    mixing: Mixing = field(default_factory=Mixing)
+    attack: Attack = field(default_factory=Attack)
+    l1: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.k is None or self.k >= 1, f"loss.k is {self.k}; allowed: 1 or more, or null for all")
+        _require(self.clean is None or self.clean >= 0, f"loss.clean is {self.clean}; allowed: >= 0, or null")
+        _require(self.attacked >= 0 and self.l1 >= 0, "loss.attacked and loss.l1 must be >= 0")
+        _require(
+            self.proven or self.attacked > 0 or self.clean is None or self.clean > 0,
+            "the loss has no term; give loss.clean, loss.attacked or loss.proven",
+        )
+
+
+@dataclass
+class Optimizer:
+    """The optimiser and its learning rate.
+
+    Args:
+        name: adam or sgd.
+        rate: learning rate at the start.
+        momentum: of sgd.
+        weight_decay: L2 penalty.
+        clip: largest gradient norm; null for no clipping.
+        decay: constant; step: times `decay_factor` after each epoch of `decay_epochs`; cosine: to 0 at the end,
+            batch by batch.
+        decay_from: cosine: the epoch where the fall begins.
+    """
+
+    name: Literal["adam", "sgd"] = "adam"
+    rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip: float | None = None
+    decay: Literal["constant", "step", "cosine"] = "cosine"
+    decay_epochs: list[int] = field(default_factory=list)
+    decay_factor: float = 0.1
+    decay_from: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.rate > 0, f"optimizer.rate is {self.rate}; allowed: above 0")
+        _require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; allowed: above 0, or null")
+
+
+@dataclass
+class Schedule:
+    """How long, how much at once, and how the radius grows.
+
+    Args:
+        epochs: passes over the training part.
+        batch: images a step.
+        warmup: epochs with radius 0 (clean training) before the ramp.
+        ramp: epochs over which the radius grows to its full size.
+        shape: epoch: linear, constant within an epoch; batch: linear from step to step; smooth: a fourth power for
+            the first quarter of the ramp, then linear with the same slope at the seam.
+        eps_factor: the full training radius as a multiple of the ball's.
+        check_images: validation images for the attacked and the verified figure of each epoch (the first ones).
+        check_steps: PGD steps of the attacked figure.
+        choose: the figure by which the kept epoch is chosen on the validation split; auto: verified with a proven
+            term, attacked with an attacked one, else clean. Only epochs at the full radius count.
+        clean_floor: epochs with a lower clean accuracy on the validation split are kept only if there is no other.
+    """
+
+    epochs: int = 20
+    batch: int = 50
+    warmup: int = 0
+    ramp: int = 5
+    shape: Literal["epoch", "batch", "smooth"] = "batch"
+    eps_factor: float = 1.0
+    check_images: int = 500
+    check_steps: int = 10
+    choose: Literal["auto", "clean", "attacked", "verified"] = "auto"
+    clean_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "check_images", "check_steps"):
+            _require(getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; allowed: 1 or more")
+        _require(self.warmup >= 0 and self.ramp >= 0, "schedule.warmup and ramp must be >= 0 epochs")
+        _require(
+            self.warmup + self.ramp <= self.epochs,
+            f"schedule.warmup + ramp is {self.warmup + self.ramp} epochs, more than all {self.epochs}",
+        )
+        _require(self.eps_factor > 0, f"schedule.eps_factor is {self.eps_factor}; allowed: above 0")
+
+
+@dataclass
+class Evaluation:
+    """What `swiftsure evaluate` measures by default.
+
+    Args:
+        suite: the attacks (quick, standard or full).
+        method: interval, symbolic, or auto (cheap first).
+        limit: the first so many test images; null for all.
+    """
+
+    suite: Literal["quick", "standard", "full"] = "quick"
+    method: str = "auto"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.limit is None or self.limit >= 1, f"evaluate.limit is {self.limit}; allowed: 1 or more, or null")
+
+
+@dataclass
+class Recipe:
+    """All that a run depends on.
+
+    Args:
+        name: what the run is called in reports.
+        seed: of weights, splits, order, random starts and samples.
+        data: the images.
+        model: the network.
+        exits: reserved for multi-exit networks; null today.
+        ball: the threat model.
+        loss: the three terms.
+        optimizer: the optimiser.
+        schedule: length, batch, radius.
+        evaluate: what is measured at the end.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    data: DataChoice = field(default_factory=DataChoice)
+    model: ModelChoice = field(default_factory=ModelChoice)
+    exits: None = None
+    ball: BallChoice = field(default_factory=BallChoice)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for YAML or JSON."""
+        return asdict(self)
+
+
+def option_names(kind: type = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted option of a recipe, for messages: "loss.mixing.gate" and so on."""
+    names = []
+    example = kind()
+    for item in fields(kind):
+        value = getattr(example, item.name)
+        if is_dataclass(value):
+            names += option_names(type(value), f"{prefix}{item.name}.")
+        else:
+            names.append(prefix + item.name)
+    return names
