@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from swiftsure import data
-from swiftsure.data import catalogue, cifar, idx, tiny_imagenet
+from swiftsure.data import catalogue, cifar, decoding, idx, tiny_imagenet
 from swiftsure.data.splits import OfficialParts, balanced_draw, split
 from swiftsure.errors import InputError
 
@@ -194,6 +194,7 @@ def test_digits_have_a_test_part_that_no_seed_moves():
     assert [len(s) for s in (first.train, first.val, first.calibration, first.test)] == [1295, 71, 71, 360]
     assert first.test.labels.bincount().tolist() == [36] * 10
     assert first.test.sha256() == other.test.sha256()
+    assert first.test.sha256().startswith("bc5377d6c92f64cd"), "published figures rest on these 360 images"
     assert first.val.sha256() != other.val.sha256()
     assert first.train.shape == (1, 8, 8)
     every = torch.cat([s.images for s in (first.train, first.val, first.calibration, first.test)])
@@ -317,6 +318,7 @@ def test_real_mnist():
     ]
     assert bytes(splits.test.labels[:16].tolist()) == idx._MNIST_START
     assert splits.val.labels.bincount().tolist() == [250] * 10
+    assert splits.val.sha256().startswith("6c7beb5c893c8ba7"), "published figures rest on this draw"
     x, _ = splits.train.batch(slice(0, 5000))
     assert 0.12 < float(x.mean()) < 0.14
 
@@ -405,6 +407,14 @@ def test_tiny_imagenet_comes_in_sorted_classes_with_val_as_test(tiny):
         assert np.array_equal(splits.test.images[2].numpy(), np.asarray(image).transpose(2, 0, 1))
     labels = torch.cat([s.labels for s in (splits.train, splits.val, splits.calibration)])
     assert labels.bincount().tolist() == [12, 12]
+
+
+def test_images_keep_their_order_through_all_threads(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "_CHUNK", 3)
+    test = data.load("tiny_imagenet", tiny).test
+    for i in range(4):
+        with Image.open(tiny / f"tiny-imagenet-200/val/images/val_{i}.JPEG") as image:
+            assert np.array_equal(test.images[i].numpy(), np.asarray(image).transpose(2, 0, 1))
 
 
 def test_tiny_imagenet_is_decoded_once(tiny, monkeypatch):
