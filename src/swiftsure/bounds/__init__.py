@@ -22,7 +22,17 @@ Technique = Callable[[Graph, Region, Tensor | None], list[tuple[Tensor, Tensor]]
 
 TECHNIQUES: dict[str, Technique] = {"interval": interval, "symbolic": symbolic}
 
-__all__ = ["TECHNIQUES", "Graph", "Region", "interval", "margins", "output_bounds", "symbolic", "technique", "trace"]
+__all__ = [
+    "TECHNIQUES",
+    "Graph",
+    "Region",
+    "interval",
+    "margins",
+    "output_bounds",
+    "symbolic",
+    "technique",
+    "trace",
+]
 
 
 def technique(method: str) -> Technique:
@@ -36,7 +46,9 @@ def technique(method: str) -> Technique:
     return TECHNIQUES[method]
 
 
-def margins(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str = "interval") -> Tensor | tuple[Tensor, ...]:
+def margins(
+    net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str = "interval"
+) -> Tensor | tuple[Tensor, ...]:
     """Lower bounds of the class margins z_y - z_j over the ball around each image.
 
     The true class is subtracted before the last layer is bounded, so a margin is never looser than the difference of

@@ -156,10 +156,12 @@ class _Reader:
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 if self.nodes:
-                    raise InputError("the network takes several inputs; bounds are for networks of one image batch")
+                    raise InputError(
+                        "the network takes several inputs; bounds are for networks of one image batch"
+                    )
                 self._append(node, ops.Input(), ())
             elif node.op == "output":
-                returned = node.args[0]
+                returned: Any = node.args[0]
                 single = isinstance(returned, fx.Node)
                 outputs = [returned] if single else list(returned)
                 if not outputs or not all(isinstance(out, fx.Node) and out in self.index for out in outputs):
@@ -177,7 +179,9 @@ class _Reader:
         meta = node.meta["tensor_meta"]
         shape = tuple(meta.shape)
         if shape[:1] != (_PROBE_BATCH,):
-            raise InputError(f"{self._where(node)} mixes the samples of a batch (shape {shape}); bounds are per sample")
+            raise InputError(
+                f"{self._where(node)} mixes the samples of a batch (shape {shape}); bounds are per sample"
+            )
         self.index[node] = len(self.nodes)
         self.nodes.append(Node(operation, tuple(self.index[source] for source in inputs), shape[1:]))
 
@@ -216,6 +220,8 @@ class _Reader:
         raise self._unsupported(node)
 
     def _arithmetic(self, node: fx.Node, kind: str) -> None:
+        left: Any
+        right: Any
         left, right = node.args[:2] if len(node.args) >= 2 else (node.args[0], node.kwargs["other"])
         if set(node.kwargs) - {"other", "inplace"}:
             raise self._unsupported(node)
@@ -231,7 +237,9 @@ class _Reader:
         dims = len(self.nodes[self.index[source]].shape)
         if tuple(node.meta["tensor_meta"].shape) != tuple(source.meta["tensor_meta"].shape):
             raise self._unsupported(node)
-        self._append(node, _with_constant(kind, self._constant(node, other), dims, swapped=not live[0]), (source,))
+        self._append(
+            node, _with_constant(kind, self._constant(node, other), dims, swapped=not live[0]), (source,)
+        )
 
     def _constant(self, node: fx.Node, other: Any) -> Callable[[], Tensor | float]:
         """A reader of a value that does not depend on the image: a number, a buffer, or a small sum of such."""
@@ -251,7 +259,9 @@ class _Reader:
 
             return attribute
         if other.op in ("call_function", "call_method") and "tensor_meta" in other.meta:
-            arguments = [self._constant(node, a) if isinstance(a, fx.Node) else (lambda a=a: a) for a in other.args]
+            arguments = [
+                self._constant(node, a) if isinstance(a, fx.Node) else (lambda a=a: a) for a in other.args
+            ]
             keywords, target = dict(other.kwargs), other.target
             if any(isinstance(value, fx.Node) for value in keywords.values()):
                 raise self._unsupported(node)

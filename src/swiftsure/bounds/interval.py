@@ -64,7 +64,10 @@ def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
             radius = (merged.abs() @ radius[..., None])[..., 0]
             center = (spec @ layer(center)[..., None])[..., 0]
         else:
-            center, radius = ((matrix @ part[..., None])[..., 0] for matrix, part in zip((spec, spec.abs()), known[output], strict=True))
+            center, radius = (
+                (matrix @ part[..., None])[..., 0]
+                for matrix, part in zip((spec, spec.abs()), known[output], strict=True)
+            )
         bounds.append((center - radius, center + radius))
     return bounds
 
@@ -73,4 +76,3 @@ def stable(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Which units are always on, and which are not proven to be always on or always off: bool, shaped like centre."""
     active = center >= radius
     return active, ~active & (center > -radius)
-

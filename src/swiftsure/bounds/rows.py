@@ -102,7 +102,9 @@ class Rows:
         canvas = self.values.new_zeros(rows, channels, padded_h * padded_w)
         canvas = canvas.scatter(2, index[:, None].expand(-1, channels, -1), self.values.flatten(2))
         canvas = canvas.view(rows, channels, padded_h, padded_w)
-        return Rows(canvas[:, :, top : top + self.shape[1], left : left + self.shape[2]], self.sample, self.shape)
+        return Rows(
+            canvas[:, :, top : top + self.shape[1], left : left + self.shape[2]], self.sample, self.shape
+        )
 
     def reshape(self, shape: tuple[int, ...]) -> Rows:
         """The same linear functions on values of another shape for one sample."""
@@ -170,13 +172,15 @@ def _offsets(height: int, width: int, row_length: int, device: torch.device) -> 
     return (rows[:, None] + torch.arange(width, device=device)).flatten()
 
 
-def _gather_windows(field: Tensor, sample: Tensor | None, window: Window, size: tuple[int, ...] | torch.Size) -> Tensor:
+def _gather_windows(
+    field: Tensor, sample: Tensor | None, window: Window, size: tuple[int, ...] | torch.Size
+) -> Tensor:
     """field (batch, channels, H, W), zero-padded, at the windows: (rows, channels, h, w)."""
     (top, left), (height, width) = window.offset, size
     below, right = _overhang(window, (height, width), tuple(field.shape[2:]))
     # Channels last: one index_select copies all channels of a pixel at once, and its backward is an index_add.
     padded = F.pad(field.permute(0, 2, 3, 1), (0, 0, left, right, top, below))
-    batch, padded_h, padded_w, channels = padded.shape
+    padded_h, padded_w, channels = padded.shape[1:]
     first = window.unit[:, 0] * (window.stride[0] * padded_w) + window.unit[:, 1] * window.stride[1]
     if sample is not None:
         first = first + sample * (padded_h * padded_w)

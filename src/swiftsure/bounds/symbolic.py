@@ -65,7 +65,9 @@ def symbolic(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
         elif isinstance(operation, ops.Relu):
             source = node.inputs[0]
             center = centers[source]
-            relaxation = _relax(graph, region, intervals, relaxations, source, center, exact=depth[source] <= 1)
+            relaxation = _relax(
+                graph, region, intervals, relaxations, source, center, exact=depth[source] <= 1
+            )
             relaxations[index] = relaxation
             centers[index] = torch.addcmul(relaxation.error, relaxation.slope, center)
         else:
@@ -74,7 +76,11 @@ def symbolic(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
     bounds = []
     for output in graph.outputs:
         batch, classes = centers[output].shape
-        functions = torch.eye(classes, dtype=region.x.dtype, device=region.x.device).expand(batch, -1, -1) if spec is None else spec
+        functions = (
+            torch.eye(classes, dtype=region.x.dtype, device=region.x.device).expand(batch, -1, -1)
+            if spec is None
+            else spec
+        )
         count = functions.shape[1]
         sample = _rows_of_samples(batch, count, region.x.device)
         rows = Rows(functions.reshape(-1, classes), sample, (classes,))
@@ -133,7 +139,12 @@ def _relax(
 
 
 def _unit_reach(
-    graph: Graph, region: Region, relaxations: dict[int, Relaxation], source: int, chosen: Tensor, center: Tensor
+    graph: Graph,
+    region: Region,
+    relaxations: dict[int, Relaxation],
+    source: int,
+    chosen: Tensor,
+    center: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """How far chosen units of a node (indices into its flattened batch) reach below and above their centres."""
     size = center[0].numel()
@@ -180,7 +191,10 @@ def _near_errors(
         parts = [errors(i) for i in node.inputs]
         if all(part is None for part in parts):
             return None
-        known = [center.new_zeros(len(center), *graph.nodes[i].shape) if part is None else part for i, part in zip(node.inputs, parts, strict=True)]
+        known = [
+            center.new_zeros(len(center), *graph.nodes[i].shape) if part is None else part
+            for i, part in zip(node.inputs, parts, strict=True)
+        ]
         return node.operation.radius(*known)
 
     total = errors(target)

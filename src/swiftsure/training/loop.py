@@ -1,0 +1,206 @@
+"""The training loop: plain, adversarial, interval and MixTrain training are settings of one loss."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.attacks import pgd
+from swiftsure.ball import Ball
+from swiftsure.bounds import trace
+from swiftsure.data import check_batch
+from swiftsure.errors import InputError
+from swiftsure.recipe import Attack, Loss, Optimizer, Schedule
+from swiftsure.training import state as states
+from swiftsure.training.check import check, chosen_epoch
+from swiftsure.training.mixing import controller
+from swiftsure.training.progress import Meter
+from swiftsure.training.schedules import learning_rate, radius_share
+from swiftsure.training.source import Augment, as_set, source
+from swiftsure.training.terms import three_term_loss
+
+Records = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training did: the log (one entry an epoch), which entry's weights were kept, and its seconds."""
+
+    records: Records
+    best: int
+    seconds: float
+
+
+def fit(
+    net: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    loss: Loss | None = None,
+    ball: Ball | None = None,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
+    augment: Augment | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    state_folder: str | Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[Records], None] | None = None,
+    progress: bool | None = None,
+) -> History:
+    """Train a network for clean, attacked and proven accuracy; it ends with the best epoch's weights, in eval mode.
+
+    Args:
+        net: returns logits (batch, classes) or a tuple of them; trained in place.
+        train: (images, labels) tensors, a Dataset of (image, label), an ImageSet, or a DataLoader.
+        val: the same; the mixing controller and the choice of the epoch look at it, training never does.
+        loss: the three terms; by default MixTrain with k = 1.
+        ball: the threat model; by default eps 0.1 in L-inf.
+        optimizer, schedule: by default Adam and 20 epochs.
+        augment: ``augment(x, generator) -> x`` on each training batch, on the device.
+        seed: of order, samples and random starts. Weights are the caller's.
+        device: where to train; by default where the network is.
+        state_folder: where to keep what a resume needs, after each epoch.
+        resume: go on from `state_folder` if something is there; the end is the same, bit for bit, on one CPU thread.
+        on_epoch: called after each epoch with all records so far.
+        progress: show rate and time left; by default on a terminal only.
+
+    Returns:
+        The history; its records are the lines of log.jsonl.
+
+    Raises:
+        InputError: unusable data, a network without bound rules where a proven term is asked for, a state of other
+            settings, or a loss that is not finite.
+    """
+    loss, ball = loss or Loss(), ball or Ball(0.1)
+    optimizer, schedule = optimizer or Optimizer(), schedule or Schedule()
+    device = torch.device(device) if device is not None else next(net.parameters()).device
+    net.to(device)
+    batches = source(train, schedule.batch, device, augment)
+    held_out = as_set(val)
+    _check_fit(net, held_out, loss, device)
+
+    descent = _build(optimizer, net)
+    mixing = controller(loss.mixing, schedule)
+    settings = json.dumps(
+        [asdict(loss), ball.as_dict(), asdict(optimizer), asdict(schedule), seed, batches.steps]
+    )
+    done = states.Progress()
+    if state_folder is not None and resume:
+        done = states.restore(Path(state_folder), net, descent, settings) or done
+        mixing.state.update(done.controller)
+
+    with Meter(schedule.epochs, batches.steps, done.epoch, progress) as meter:
+        for epoch in range(done.epoch + 1, schedule.epochs + 1):
+            started = time.perf_counter()
+            last = done.records[-1] if done.records else {"clean_accuracy": None, "verified_accuracy": None}
+            weight = mixing.weight(epoch, last["clean_accuracy"], last["verified_accuracy"])
+            # One stream of draws for each epoch, so that a resumed training needs no generator state.
+            draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            torch.manual_seed(seed * 1_000_003 + epoch)  # dropout has no generator of its own
+            net.train()
+            total = torch.zeros((), device=device)
+            for step, (x, y) in enumerate(batches.epoch(draws)):
+                here = ball.with_eps(
+                    ball.radius * schedule.eps_factor * radius_share(schedule, epoch, step, batches.steps)
+                )
+                gated = loss.proven and loss.mixing.gate < 1
+                proven = not gated or bool(torch.rand((), generator=draws) < loss.mixing.gate)
+                value = three_term_loss(
+                    net, x, y, here, loss, weight if proven else 0.0,
+                    attack=_attack(loss.attack, ball, draws), generator=draws,
+                )  # fmt: skip
+                descent.param_groups[0]["lr"] = learning_rate(optimizer, schedule, epoch, step, batches.steps)
+                descent.zero_grad()
+                value.backward()
+                if optimizer.clip is not None:
+                    nn.utils.clip_grad_norm_(net.parameters(), optimizer.clip)
+                descent.step()
+                total += value.detach()
+                meter.step()
+            mean = total.item() / batches.steps
+            if not torch.isfinite(total):
+                raise InputError(
+                    f"the loss became {mean} in epoch {epoch}; a lower optimizer.rate, a longer schedule.ramp or "
+                    "optimizer.clip helps"
+                )
+            figures = check(net, held_out, ball, loss, schedule, device)
+            done.records.append(
+                {
+                    "epoch": epoch,
+                    "eps": here.radius,
+                    "weight": weight if loss.proven else 0.0,
+                    "rate": descent.param_groups[0]["lr"],
+                    "loss": mean,
+                    "clean_accuracy": figures.clean,
+                    "robust_accuracy": figures.attacked,
+                    "verified_accuracy": figures.verified,
+                    "seconds": time.perf_counter() - started,
+                    "chosen": False,
+                }
+            )
+            best = chosen_epoch(done.records, loss, schedule)
+            for index, record in enumerate(done.records):
+                record["chosen"] = index == best
+            if best == len(done.records) - 1:
+                done.best = {name: value.detach().clone() for name, value in net.state_dict().items()}
+            done.controller = mixing.state
+            if state_folder is not None:
+                states.save(Path(state_folder), net, descent, done, settings)
+            if on_epoch is not None:
+                on_epoch(done.records)
+            meter.epoch(done.records[-1])
+    net.load_state_dict(done.best)
+    net.eval()
+    best = chosen_epoch(done.records, loss, schedule)
+    return History(done.records, best, sum(record["seconds"] for record in done.records))
+
+
+def _check_fit(net: nn.Module, images: Any, loss: Loss, device: torch.device) -> None:
+    """Find out before the first epoch, not after it, that data, network and loss do not go together."""
+    x, _ = images.batch(slice(0, 1), device)
+    config = getattr(net, "config", None)
+    shape = tuple(config["input_shape"]) if isinstance(config, dict) else None
+    check_batch(x, shape=shape)
+    if loss.proven:
+        graph = trace(net, x)
+        classes = graph.nodes[graph.outputs[0]].shape[0]
+    elif isinstance(config, dict):
+        classes = config["classes"]
+    else:
+        return
+    highest = int(images.labels.max())
+    if highest >= classes:
+        raise InputError(
+            f"label {highest} is out of range: the network has {classes} classes, 0 to {classes - 1}"
+        )
+
+
+def _build(optimizer: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+    if optimizer.name == "adam":
+        return torch.optim.Adam(net.parameters(), optimizer.rate, weight_decay=optimizer.weight_decay)
+    return torch.optim.SGD(
+        net.parameters(), optimizer.rate, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+    )
+
+
+def _attack(
+    attack: Attack, ball: Ball, draws: torch.Generator
+) -> Callable[[nn.Module, Tensor, Tensor, Ball], Tensor]:
+    """PGD at the current radius; a stated step shrinks with the radius during the ramp."""
+
+    def run(net: nn.Module, x: Tensor, y: Tensor, here: Ball) -> Tensor:
+        wider = here.with_eps(here.radius * attack.eps_factor)
+        step = None
+        if attack.step_size is not None and ball.radius > 0:
+            step = float(attack.step_size) * min(1.0, here.radius / ball.radius)
+        return pgd(net, x, y, wider, steps=attack.steps, step_size=step, generator=draws)
+
+    return run

@@ -1,0 +1,152 @@
+"""Where batches come from: an `ImageSet`, a pair of tensors, any torch Dataset, or a DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from swiftsure.data import ImageSet, check_batch
+from swiftsure.errors import InputError
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Source(Protocol):
+    """Batches for one epoch."""
+
+    steps: int
+    """How many batches an epoch has."""
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y) batches: float32 (batch, channels, height, width) in [0, 1] and int64 (batch,), on the device."""
+
+
+class _InMemory:
+    def __init__(self, images: ImageSet, batch: int, device: torch.device, augment: Augment | None) -> None:
+        self.images, self.batch, self.device, self.augment = images, min(batch, len(images)), device, augment
+        # The last, smaller batch is left out: another permutation next epoch leaves out other images.
+        self.steps = len(images) // self.batch
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=generator)
+        for chosen in order[: self.steps * self.batch].view(self.steps, self.batch):
+            x, y = self.images.batch(chosen, self.device)
+            yield (x if self.augment is None else self.augment(x, generator)), y
+
+
+class _Loader:
+    """A user's DataLoader: its order, its workers and its transforms are the user's."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device, augment: Augment | None) -> None:
+        self.loader, self.device, self.augment = loader, device, augment
+        self.steps = len(loader)
+        if not self.steps:
+            raise InputError("the DataLoader has no batch; check its data set, batch_size and drop_last")
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        for item in self.loader:
+            x, y = _pair(item)
+            check_batch(x, y)
+            x, y = x.to(self.device), y.to(self.device)
+            yield (x if self.augment is None else self.augment(x, generator)), y
+
+
+class _Items(_InMemory):
+    """A user's Dataset, item by item in our order, so that its own random transforms act anew each time."""
+
+    def __init__(
+        self, items: Dataset[Any], batch: int, device: torch.device, augment: Augment | None
+    ) -> None:
+        self.items, self.device, self.augment = items, device, augment
+        count = len(items)  # type: ignore[arg-type]
+        if not count:
+            raise InputError("the Dataset is empty")
+        self.batch = min(batch, count)
+        self.steps, self.count = count // self.batch, count
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(self.count, generator=generator)
+        for chosen in order[: self.steps * self.batch].view(self.steps, self.batch):
+            x, y = _collate(self.items, chosen.tolist())
+            x, y = x.to(self.device), y.to(self.device)
+            yield (x if self.augment is None else self.augment(x, generator)), y
+
+
+def source(data: Any, batch: int, device: torch.device, augment: Augment | None = None) -> Source:
+    """Training batches from whatever the user has.
+
+    Args:
+        data: an ImageSet, a pair of tensors (x, y), a torch Dataset of (image, label), or a DataLoader (which brings
+            its own batch size and order).
+        batch: images a step.
+        device: where the batches go.
+        augment: applied to each batch on the device.
+
+    Raises:
+        InputError: data of another kind, or images and labels that break the rules of `check_batch`.
+    """
+    if isinstance(data, DataLoader):
+        return _Loader(data, device, augment)
+    if isinstance(data, ImageSet):
+        return _InMemory(data, batch, device, augment)
+    if isinstance(data, Dataset) and not _is_pair(data):
+        return _Items(data, batch, device, augment)
+    return _InMemory(as_set(data), batch, device, augment)
+
+
+def as_set(data: Any) -> ImageSet:
+    """The whole of a user's data in memory, for validation.
+
+    Args:
+        data: as in `source`.
+
+    Raises:
+        InputError: as in `source`.
+    """
+    if isinstance(data, ImageSet):
+        return data
+    if _is_pair(data):
+        return ImageSet.from_tensors(*data)
+    if isinstance(data, DataLoader):
+        pairs = [_pair(item) for item in data]
+        if not pairs:
+            raise InputError("the DataLoader has no batch; check its data set, batch_size and drop_last")
+        return ImageSet.from_tensors(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
+    if isinstance(data, Dataset):
+        return ImageSet.from_tensors(*_collate(data, range(len(data))))  # type: ignore[arg-type]
+    raise InputError(
+        f"data of type {type(data).__name__} cannot be used; allowed: (images, labels) tensors, a Dataset of "
+        "(image, label), or a DataLoader"
+    )
+
+
+def _is_pair(data: Any) -> bool:
+    return (
+        isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    )
+
+
+def _pair(item: Any) -> tuple[Tensor, Tensor]:
+    if not _is_pair(item):
+        raise InputError(
+            "a batch must be a pair of tensors: images (batch, channels, height, width) and labels (batch,)"
+        )
+    return item[0], item[1]
+
+
+def _collate(items: Any, chosen: Any) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*[items[i] for i in chosen], strict=True)
+    try:
+        x = torch.stack([torch.as_tensor(image) for image in images])
+        y = torch.as_tensor([int(label) for label in labels])
+    except (TypeError, ValueError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise InputError(
+            f"the Dataset's items are not (image tensor, integer label) pairs of one shape: {line}"
+        ) from None
+    check_batch(x, y)
+    return x, y
