@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import socket
 import struct
 import tarfile
 import threading
@@ -198,8 +199,11 @@ def test_a_broken_transfer_installs_nothing(tmp_path, server, monkeypatch):
 
 def test_no_server_installs_nothing(tmp_path, server, monkeypatch):
     publish(server, monkeypatch, "mnist", idx_files())
-    server.server_close()
-    refused("mnist", tmp_path, "cannot be reached: ")
+    # Bound but not listening: the port is ours, and every connection to it is refused.
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        source = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        refused("mnist", tmp_path, "cannot be reached: ", source)
 
 
 def test_a_full_disk_installs_nothing(tmp_path, server, monkeypatch):
