@@ -37,7 +37,9 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; the folder must be writable, with space left") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; the folder must be writable, with space left"
+        ) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

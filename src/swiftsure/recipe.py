@@ -187,7 +187,9 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _require(self.rate > 0, f"optimizer.rate is {self.rate}; allowed: above 0")
-        _require(self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; allowed: above 0, or null")
+        _require(
+            self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; allowed: above 0, or null"
+        )
 
 
 @dataclass
@@ -222,7 +224,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "check_images", "check_steps"):
-            _require(getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; allowed: 1 or more")
+            _require(
+                getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; allowed: 1 or more"
+            )
         _require(self.warmup >= 0 and self.ramp >= 0, "schedule.warmup and ramp must be >= 0 epochs")
         _require(
             self.warmup + self.ramp <= self.epochs,
@@ -246,7 +250,10 @@ class Evaluation:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit >= 1, f"evaluate.limit is {self.limit}; allowed: 1 or more, or null")
+        _require(
+            self.limit is None or self.limit >= 1,
+            f"evaluate.limit is {self.limit}; allowed: 1 or more, or null",
+        )
 
 
 @dataclass

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from swiftsure.ball import Ball
 from swiftsure.bounds.graph import Graph, trace
-from swiftsure.bounds.interval import interval
+from swiftsure.bounds._interval import interval
 from swiftsure.bounds.region import Region
-from swiftsure.bounds.symbolic import symbolic
+from swiftsure.bounds._symbolic import symbolic
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 

@@ -32,7 +32,10 @@ def register(name: str) -> Callable[[Builder], Builder]:
 
     def add(builder: Builder) -> Builder:
         known = _BUILDERS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (builder.__module__, builder.__qualname__):
+        if known is not None and (known.__module__, known.__qualname__) != (
+            builder.__module__,
+            builder.__qualname__,
+        ):
             raise InputError(f"a model named {name!r} is registered already; choose another name")
         _BUILDERS[name] = builder
         return builder

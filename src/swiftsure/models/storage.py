@@ -33,7 +33,12 @@ def save(net: nn.Module, folder: str | Path, **extra: Any) -> None:
     """
     folder = Path(folder)
     save_weights(net.state_dict(), folder / WEIGHTS)
-    config = {"format": FORMAT, "format_version": FORMAT_VERSION, "model": getattr(net, "config", None), **extra}
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": getattr(net, "config", None),
+        **extra,
+    }
     files.write_json(folder / CONFIG, {**config, "weights_sha256": files.sha256(folder / WEIGHTS)})
 
 
@@ -65,7 +70,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         description = config.get("model")
         if not isinstance(description, dict) or "name" not in description:
-            raise InputError(f"{folder / CONFIG} names no architecture; pass the module: load({str(folder)!r}, model=...)")
+            raise InputError(
+                f"{folder / CONFIG} names no architecture; pass the module: load({str(folder)!r}, model=...)"
+            )
         options = description.get("options", {})
         if not isinstance(options, dict):
             raise InputError(f"{folder / CONFIG} is damaged: model.options is not a table")
@@ -74,7 +81,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             getattr(model, "config")["input_shape"],  # noqa: B009 (nn.Module's typed __getattr__)
             getattr(model, "config")["classes"],  # noqa: B009
         ]:
-            raise InputError(f"{folder / CONFIG} contradicts the architecture {description['name']!r} it names")
+            raise InputError(
+                f"{folder / CONFIG} contradicts the architecture {description['name']!r} it names"
+            )
     load_state(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return model.eval()
 
@@ -86,15 +95,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: missing, damaged, or not written by swiftsure.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; expected a run or a saved network with {WEIGHTS} and {CONFIG}")
+        raise InputError(
+            f"{folder} is not a folder; expected a run or a saved network with {WEIGHTS} and {CONFIG}"
+        )
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} has no {name}; expected a run or a saved network with {WEIGHTS} and {CONFIG}")
+            raise InputError(
+                f"{folder} has no {name}; expected a run or a saved network with {WEIGHTS} and {CONFIG}"
+            )
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG} was not written by swiftsure (no 'format': {FORMAT!r})")
     if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{folder / CONFIG} has format version {config.get('format_version')}; known: {FORMAT_VERSION}")
+        raise InputError(
+            f"{folder / CONFIG} has format version {config.get('format_version')}; known: {FORMAT_VERSION}"
+        )
     return config
 
 
@@ -121,11 +136,15 @@ def load_state(net: nn.Module, state: dict[str, Tensor], source: str | Path = "t
     own = net.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
         if names:
-            raise InputError(f"{source} {what} tensor {min(names)!r} ({len(names)} in all); it is of another network")
+            raise InputError(
+                f"{source} {what} tensor {min(names)!r} ({len(names)} in all); it is of another network"
+            )
     for name, tensor in own.items():
         new = state[name]
         if new.shape != tensor.shape:
-            raise InputError(f"{source}: {name} has shape {tuple(new.shape)}, the network needs {tuple(tensor.shape)}")
+            raise InputError(
+                f"{source}: {name} has shape {tuple(new.shape)}, the network needs {tuple(tensor.shape)}"
+            )
         if new.is_floating_point() != tensor.is_floating_point():
             raise InputError(f"{source}: {name} holds {new.dtype}, the network needs {tensor.dtype}")
         if new.is_floating_point() and not bool(torch.isfinite(new).all()):

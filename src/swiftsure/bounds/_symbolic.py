@@ -22,7 +22,7 @@ from torch import Tensor
 
 from swiftsure.bounds import operations as ops
 from swiftsure.bounds.graph import Graph
-from swiftsure.bounds.interval import Intervals, stable
+from swiftsure.bounds._interval import Intervals, stable
 from swiftsure.bounds.region import Region
 from swiftsure.bounds.rows import Rows, add, unit_rows
 
