@@ -100,7 +100,7 @@ class Ball:
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point (Euclidean) to x_adv that lies in the ball around x and in the pixel range.
 
-        x itself must lie in the pixel range. A NaN pixel stays NaN for "inf"; for the others it spoils its image.
+        x itself must lie in the pixel range. A NaN pixel stays NaN for "inf"; else it spoils its whole image.
         """
         if self.norm == "inf":
             lower, upper = self.box(x)
@@ -123,7 +123,7 @@ class Ball:
         """The point x' of the ball around x, inside the pixel range, with the largest <direction, x'>.
 
         Exact for every norm: a corner of the box ("inf"), a point of the clipped sphere ("2"), the budget
-        spent on the steepest pixels first, each to the end of its range ("1"). Pixels of zero slope stay at x.
+        spent on the steepest pixels first, each to the end of its range ("1"). Pixels of zero slope stay.
 
         Args:
             x: images in the pixel range, (B, ...).
@@ -156,7 +156,7 @@ class Ball:
             delta = torch.randn((batch, dims), generator=generator, device=device, dtype=x.dtype).to(x.device)
             delta = delta / delta.norm(dim=1, keepdim=True).clamp_min(1e-12)
         else:
-            # Exponential magnitudes, normalised, are uniform on the simplex; random signs reach every orthant.
+            # Normalised exponential magnitudes are uniform on the simplex; random signs reach every orthant.
             uniform = _uniform((batch, dims, 2), x, generator)
             magnitude = -uniform[..., 0].clamp_min(1e-12).log()
             delta = magnitude / magnitude.sum(1, keepdim=True) * (uniform[..., 1] - 0.5).sign()
@@ -187,8 +187,8 @@ def _uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | No
 def _project_l2(delta: Tensor, room: Tensor, radius: float) -> Tensor:
     """The nearest point to delta in the L2 ball of that radius whose entries move no further than room.
 
-    By the KKT conditions it is clip(t * delta) for the largest t <= 1 that keeps the norm. Given which entries
-    clip, t has a closed form; it only grows from round to round, and every round stays inside the ball.
+    By the KKT conditions it is clip(t * delta) for the largest t <= 1 that keeps the norm. Given which
+    entries clip, t has a closed form; it only grows from round to round, and no round leaves the ball.
     All arguments and the result are (batch, dims); room >= 0 is counted in the direction of delta.
     """
     clips_at = room / delta.abs()
@@ -211,15 +211,17 @@ def _project_l1(delta: Tensor, room: Tensor, radius: float) -> Tensor:
 
     By the KKT conditions it is clip(soft(delta, theta)), soft thresholding by the least theta >= 0 that keeps
     the norm; found by bisection from the side that always stays inside the ball. Without clipping it is the
-    projection of Duchi et al. (2008). All arguments and the result are (batch, dims); room as in `_project_l2`.
+    projection of Duchi et al. (2008). Shapes and room as in `_project_l2`.
     """
     magnitude = delta.abs()
+    peak = magnitude.amax(1, keepdim=True)
     inside = torch.minimum(magnitude, room).sum(1, keepdim=True) <= radius
-    above = magnitude.amax(1, keepdim=True)
-    below = torch.zeros_like(above)
-    for _ in range(26):
-        theta = (below + above) / 2
-        fits = torch.minimum((magnitude - theta).clamp_min_(0), room).sum(1, keepdim=True) <= radius
-        above, below = torch.where(fits, theta, above), torch.where(fits, below, theta)
-    threshold = torch.where(inside, 0.0, above)
-    return torch.minimum((magnitude - threshold).clamp_min(0), room) * delta.sign()
+    # Searched as the distance below the peak: far from a small ball, theta itself has too few digits.
+    below_peak = peak - magnitude
+    fits, beyond = torch.zeros_like(peak), peak
+    for _ in range(32):
+        depth = (fits + beyond) / 2
+        ok = torch.minimum((depth - below_peak).clamp_min_(0), room).sum(1, keepdim=True) <= radius
+        fits, beyond = torch.where(ok, depth, fits), torch.where(ok, beyond, depth)
+    shrunk = torch.where(inside, magnitude, (fits - below_peak).clamp_min_(0))
+    return torch.minimum(shrunk, room) * delta.sign()
