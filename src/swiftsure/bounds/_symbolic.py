@@ -15,8 +15,6 @@ the same; on mnist_small the work is a fraction of the dense form's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -24,19 +22,11 @@ from swiftsure.bounds import operations as ops
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds._interval import Intervals, stable
 from swiftsure.bounds.region import Region
+from swiftsure.bounds.relaxation import Relaxation
 from swiftsure.bounds.rows import Rows, add, unit_rows
 
 ROW_ELEMENTS = 1 << 25
 """How many coefficients of one node are held at once (128 MiB of float32)."""
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """A ReLU over known pre-activation bounds: s z + mu plus or minus mu, each (batch, *shape)."""
-
-    slope: Tensor
-    error: Tensor
-    """mu: both the lift of the centre and the size of the unit's error symbol; 0 where the unit is stable."""
 
 
 def symbolic(graph: Graph, region: Region, spec: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -121,10 +111,9 @@ def _relax(
 ) -> Relaxation:
     """The relaxation of a ReLU on node ``source``, whose centre is given."""
     active, open_ = stable(*intervals[source])
-    slope = active.to(center.dtype)
     chosen = open_.flatten().nonzero()[:, 0]
     if not len(chosen):
-        return Relaxation(slope, torch.zeros_like(slope))
+        return Relaxation.stable(active, center.dtype)
     middle = center.reshape(-1)[chosen]
     if exact and region.symmetric:
         below = above = intervals[source][1].reshape(-1)[chosen]
@@ -132,10 +121,8 @@ def _relax(
         below, above = _unit_reach(graph, region, relaxations, source, chosen, center)
     falls, rises = (below - middle).relu(), (middle + above).relu()
     # rises / (rises + falls) is u / (u - l), and 1 or 0 where the relaxation itself proves the unit stable.
-    unit_slope = rises / (rises + falls).clamp_min(torch.finfo(slope.dtype).tiny)
-    error = torch.zeros_like(slope).view(-1).index_copy(0, chosen, unit_slope * falls / 2)
-    slope = slope.view(-1).index_copy(0, chosen, unit_slope)
-    return Relaxation(slope.view_as(center), error.view_as(center))
+    slope = rises / (rises + falls).clamp_min(torch.finfo(center.dtype).tiny)
+    return Relaxation.of(active, chosen, slope, slope * falls / 2)
 
 
 def _unit_reach(
@@ -226,10 +213,10 @@ def _reach(
             below, above = region.reach(rows)
             return below + errors, above + errors
         if isinstance(operation, ops.Relu):
-            relaxation = relaxations[index]
+            scaled, error = relaxations[index].transpose(rows)
             if index not in skip:
-                errors = errors + rows.weigh(relaxation.error)
-            parts: tuple[Rows, ...] = (rows.scale(relaxation.slope),)
+                errors = errors + error
+            parts: tuple[Rows, ...] = (scaled,)
         else:
             parts = operation.transpose(rows)
         for source, part in zip(graph.nodes[index].inputs, parts, strict=True):
