@@ -1,0 +1,110 @@
+"""The gradient with respect to the images, what can be wrong with it, and the state an attack runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.attacks.objectives import Objective, as_exits
+from swiftsure.ball import Ball
+from swiftsure.data import check_batch
+from swiftsure.errors import InputError
+from swiftsure.models.modes import evaluating
+
+
+@dataclass
+class GradientReport:
+    """Counts of per-sample gradients that an attack could not use, added up over steps, restarts and calls.
+
+    A high share means that the attack was blind, not that the network is robust (Athalye et al. 2018).
+
+    Attributes:
+        samples: gradients looked at, one per sample and step.
+        zero: of these, those with every entry exactly 0.
+        nonfinite: of these, those with a NaN or infinite entry.
+    """
+
+    samples: int = 0
+    zero: int = 0
+    nonfinite: int = 0
+
+    @property
+    def zero_share(self) -> float:
+        """Share of gradients that were exactly zero; 0 where none was taken."""
+        return self.zero / max(self.samples, 1)
+
+    @property
+    def nonfinite_share(self) -> float:
+        """Share of gradients with a NaN or infinite entry; 0 where none was taken."""
+        return self.nonfinite / max(self.samples, 1)
+
+
+class GradientTally:
+    """Counts on the device, and fills a GradientReport once at the end: a step never waits for a number."""
+
+    def __init__(self, report: GradientReport) -> None:
+        self.report = report
+        self.samples = 0
+        self.counts: Tensor | None = None
+
+    def add(self, grad: Tensor) -> None:
+        """Count one gradient, (B, ...)."""
+        flat = grad.flatten(1)
+        counts = torch.stack([(flat == 0).all(1).sum(), (~flat.isfinite()).any(1).sum()])
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.samples += len(grad)
+
+    def close(self) -> None:
+        """Add what was counted to the report."""
+        if self.counts is not None:
+            zero, nonfinite = self.counts.tolist()
+            self.report.samples += self.samples
+            self.report.zero += zero
+            self.report.nonfinite += nonfinite
+
+
+def input_gradient(net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Tensor:
+    """The gradient of the objective with respect to x, shaped like x; zero where x has no influence on it.
+
+    No gradient of a parameter is computed or stored.
+    """
+    x = x.detach().requires_grad_()
+    loss = objective(as_exits(net(x)), y)
+    if not loss.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad
+
+
+@contextmanager
+def attacking(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients on, whatever the caller switched off (no_grad or inference_mode)."""
+    with evaluating(net), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
+    """x and y (as int64), free of any graph, once they are known to fit the network and the ball.
+
+    Raises:
+        InputError: images or labels that do not fit.
+    """
+    config = getattr(net, "config", None) or {}
+    check_batch(x, y, classes=config.get("classes"), shape=config.get("input_shape"))
+    # Pixels are in [0, 1] by now; only a narrower range is left to check.
+    if (ball.low > 0 or ball.high < 1) and not bool(((x >= ball.low) & (x <= ball.high)).all()):
+        raise InputError(f"pixels leave the ball's range; allowed: [{ball.low}, {ball.high}]")
+    # What was made in inference mode cannot take part in a gradient; a copy made outside of it can.
+    with torch.inference_mode(False):
+        x, y = (t.detach().clone() if t.is_inference() else t.detach() for t in (x, y))
+        return x, y.long()
+
+
+def assert_inside(x_adv: Tensor, x: Tensor, ball: Ball) -> Tensor:
+    """x_adv itself; an AssertionError, a defect of the attack, where it left the ball or the pixel range."""
+    assert bool(ball.contains(x_adv, x).all()), f"an attack left the ball {ball.as_dict()}"
+    return x_adv

@@ -1,0 +1,167 @@
+"""A fixed set of attacks on the same samples, each success checked again, and their per-sample union."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.attacks._fgsm import fgsm
+from swiftsure.attacks._gradient import GradientReport, assert_inside, checked_inputs
+from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks.objectives import Judge, as_exits, margin, misclassified
+from swiftsure.ball import Ball
+from swiftsure.errors import InputError
+from swiftsure.models.modes import evaluating
+
+# An entry of a suite: (net, x, y, ball, *, judge, generator, report) -> adversarial images shaped like x.
+Attack = Callable[..., Tensor]
+# Called after each batch with the attack's name, the samples done and all samples.
+Progress = Callable[[str, int, int], None]
+
+
+def _fgsm(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, report: GradientReport, **_: object) -> Tensor:
+    """One step knows neither restarts nor chance."""
+    return fgsm(net, x, y, ball, report=report)
+
+
+# Names are part of results.json and samples.csv: pgd<steps>[x<restarts>][_<objective, if not cross-entropy>].
+SUITES: dict[str, dict[str, Attack]] = {
+    "quick": {"fgsm": _fgsm, "pgd40": partial(pgd, steps=40)},
+    "standard": {
+        "fgsm": _fgsm,
+        "pgd40x5": partial(pgd, steps=40, restarts=5),
+        "pgd40x5_margin": partial(pgd, steps=40, restarts=5, objective=margin),
+    },
+    "full": {
+        "fgsm": _fgsm,
+        "pgd40x5": partial(pgd, steps=40, restarts=5),
+        "pgd40x5_margin": partial(pgd, steps=40, restarts=5, objective=margin),
+        "pgd200x10": partial(pgd, steps=200, restarts=10),
+        "pgd200x10_margin": partial(pgd, steps=200, restarts=10, objective=margin),
+    },
+}
+
+
+@dataclass
+class SuiteResult:
+    """What a suite found on n samples.
+
+    Attributes:
+        suite: its name.
+        ball: the threat model.
+        misclassified: (n,) bool, wrong without any attack; these count as broken by every attack, as x itself
+            lies in the ball, and are not attacked.
+        broken: per attack name, (n,) bool.
+        worst: (n, C, H, W), the most harmful image found per sample: a broken one before any other, then the
+            largest margin of a wrong class at the last exit; x itself where nothing was worse.
+        seconds: per attack name, wall-clock time on all samples, checks included.
+        gradients: per attack name, what its gradients were worth.
+    """
+
+    suite: str
+    ball: Ball
+    misclassified: Tensor
+    worst: Tensor
+    broken: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, GradientReport] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """How many samples were passed."""
+        return len(self.misclassified)
+
+    @property
+    def union(self) -> Tensor:
+        """Whether any attack broke each sample: (n,) bool."""
+        return torch.stack([self.misclassified, *self.broken.values()]).any(0)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Robust accuracy per attack name and for their "union", fractions of n."""
+        survived = {name: ~flags for name, flags in self.broken.items()} | {"union": ~self.union}
+        return {name: float(flags.double().mean()) for name, flags in survived.items()}
+
+
+def run_suite(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    suite: str = "quick",
+    *,
+    batch: int = 500,
+    seed: int = 0,
+    judge: Judge = misclassified,
+    progress: Progress | None = None,
+) -> SuiteResult:
+    """Attack all samples with every attack of a suite.
+
+    A sample counts as broken only by a fresh forward pass over the finished image in evaluation mode, and every
+    finished image must lie in the ball and the pixel range. Each attack draws from generators of its own,
+    seeded by `seed`, its name and the batch: what it finds does not depend on the suite's other attacks.
+
+    Args:
+        net: returns logits (B, classes), or a tuple of them, one per exit; its modes are left as found.
+        x: images, (n, C, H, W), n >= 1, on any device; batches move to the network's.
+        y: labels, (n,), integers.
+        ball: the threat model.
+        suite: "quick", "standard" or "full"; `SUITES` names the attacks of each.
+        batch: how many samples are attacked at a time.
+        seed: of all random starts.
+        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; by default the last exit's label.
+        progress: called after each batch with (attack name, samples done, n).
+
+    Raises:
+        InputError: unknown suite, no samples, a batch below 1, or images or labels that do not fit.
+    """
+    if suite not in SUITES:
+        raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
+    if batch < 1:
+        raise InputError(f"batch is {batch}; allowed: an integer >= 1")
+    x, y = checked_inputs(net, x, y, ball)
+    if len(x) == 0:
+        raise InputError("there is no sample to attack; at least 1 is needed")
+    device = next((parameter.device for parameter in net.parameters()), x.device)
+    starts = range(0, len(x), batch)
+
+    def verdict(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One fresh forward pass: (broken, margin of the worst wrong class at the last exit)."""
+        with evaluating(net), torch.no_grad():
+            logits = as_exits(net(images))
+            return judge(logits, labels), margin(logits, labels)
+
+    before = [verdict(x[i : i + batch].to(device), y[i : i + batch].to(device)) for i in starts]
+    wrong = torch.cat([broken for broken, _ in before]).cpu()
+    reached = torch.cat([value for _, value in before]).cpu()
+    result = SuiteResult(suite, ball, wrong, x.cpu().clone())
+    worst_is_broken = wrong.clone()
+    for name, attack in SUITES[suite].items():
+        began = time.perf_counter()
+        flags, report = wrong.clone(), GradientReport()
+        for start in starts:
+            index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
+            if len(index):
+                clean, labels = x[index.to(x.device)].to(device), y[index.to(y.device)].to(device)
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {start}".encode()))
+                x_adv = attack(net, clean, labels, ball, judge=judge, generator=generator, report=report)
+                assert_inside(x_adv, clean, ball)
+                broken, value = (found.cpu() for found in verdict(x_adv, labels))
+                flags[index] = broken
+                worse = (broken & ~worst_is_broken[index]) | (
+                    (broken == worst_is_broken[index]) & (value > reached[index])
+                )
+                result.worst[index[worse]] = x_adv.cpu()[worse]
+                reached[index[worse]] = value[worse]
+                worst_is_broken[index] |= broken
+            if progress is not None:
+                progress(name, min(start + batch, len(x)), len(x))
+        result.broken[name], result.gradients[name] = flags, report
+        result.seconds[name] = time.perf_counter() - began
+    return result

@@ -1,0 +1,364 @@
+"""fgsm and pgd: analytic optima of linear networks, what they leave untouched, and what they never do."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from swiftsure.attacks import GradientReport, average, cross_entropy, fgsm, margin, misclassified, pgd, single
+from swiftsure.ball import Ball
+from swiftsure.errors import InputError
+from swiftsure.models.modes import evaluating
+
+NORMS = ("inf", "2", "1")
+
+
+def images(seed: int, *shape: int) -> torch.Tensor:
+    """Images with many pixels exactly at the ends of the range, where clipping happens."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 1.6 - 0.3).clamp(0, 1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(side: int, classes: int = 2, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(side * side, classes))
+
+
+def conv_net(classes: int = 3, seed: int = 0) -> nn.Sequential:
+    """Dropout and batch norm, in training mode but for a batch norm frozen in evaluation mode."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5),
+        nn.Flatten(), nn.Linear(64, classes),
+    )  # fmt: skip
+    net[4].eval()
+    return net
+
+
+class TwoExits(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.early, self.late = nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.early(x.flatten(1)), self.late(x.flatten(1))
+
+
+class Counted(nn.Module):
+    """Counts the samples of every forward pass."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(x))
+        return self.net(x)
+
+
+def optimum(w: torch.Tensor, x: torch.Tensor, ball: Ball) -> torch.Tensor:
+    """max <w, d> over the ball, per image, in float64: closed forms, or bisection on the dual variable."""
+    w, x = w.double().expand(len(x), -1), x.flatten(1).double()
+    room = torch.where(w > 0, ball.high - x, x - ball.low)
+    size = w.abs()
+    if ball.norm == "inf":
+        return (size * room.clamp_max(ball.radius)).sum(1)
+    if ball.norm == "1":
+        best = []
+        for row, space in zip(size, room, strict=True):
+            left, total = ball.radius, 0.0
+            for i in row.argsort(descending=True).tolist():
+                move = min(left, space[i].item())
+                left, total = left - move, total + move * row[i].item()
+            best.append(total)
+        return torch.tensor(best, dtype=torch.float64)
+    low, high = torch.zeros(len(x), 1).double(), torch.full((len(x), 1), 1e9).double()
+    for _ in range(200):
+        middle = (low + high) / 2
+        inside = torch.minimum(size * middle, room).norm(dim=1, keepdim=True) <= ball.radius
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    return (size * torch.minimum(size * low, room)).sum(1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("size", [0.02, 0.2, 0.6])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_linear_optimum(norm, size, clipped):
+    """size is a share of the norm of an image of ones."""
+    side = 14
+    net = linear(side)
+    w = (net[1].weight[1] - net[1].weight[0]).detach()
+    eps = size * {"inf": 1, "2": side, "1": side**2}[norm]
+    x = images(3, 8, 1, side, side)
+    ball = Ball(eps, norm) if clipped else Ball(eps, norm, low=-1e4, high=1e4)
+    y = torch.zeros(8, dtype=torch.long)
+    best = optimum(w, x, ball)
+    if not clipped:
+        dual = {"inf": w.abs().sum(), "2": w.norm(), "1": w.abs().max()}[norm]
+        torch.testing.assert_close(best, torch.full((8,), eps * dual.item()).double(), rtol=1e-5, atol=0)
+    for x_adv, tolerance in (
+        (fgsm(net, x, y, ball), 1e-3),
+        (pgd(net, x, y, ball, objective=margin, generator=generator()), 0.01),
+        (pgd(net, x, y, ball, random_start=False), 0.01),
+    ):
+        gain = ((x_adv - x).flatten(1) @ w).double()
+        assert (gain >= (1 - tolerance) * best).all()
+        assert (gain <= (1 + 1e-4) * best).all()
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(NORMS),
+    st.one_of(st.floats(0, 1e-3), st.floats(1e-3, 20)),
+    st.integers(1, 4),
+    st.sampled_from([None, 1e-3, 5.0]),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_always_inside(seed, norm, eps, steps, step_size, random_start):
+    net, ball = conv_net(seed=seed), Ball(eps, norm)
+    x, y = images(seed, 5, 1, 8, 8), torch.randint(0, 3, (5,), generator=generator(seed))
+    options = {"steps": steps, "step_size": step_size, "random_start": random_start, "restarts": 1 + seed % 2}
+    for x_adv in (fgsm(net, x, y, ball), pgd(net, x, y, ball, generator=generator(seed), **options)):
+        assert ball.contains(x_adv, x).all()
+        assert x_adv.shape == x.shape
+        assert x_adv.dtype == x.dtype
+        assert not x_adv.requires_grad
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_deterministic_by_generator(norm):
+    net, x, y, ball = conv_net(), images(0, 6, 1, 8, 8), torch.arange(6) % 3, Ball(0.3, norm)
+    options = {"steps": 3, "restarts": 3, "step_size": 0.02}
+    torch.manual_seed(0)
+    first = pgd(net, x, y, ball, **options, generator=generator(7))
+    torch.manual_seed(1)
+    assert torch.equal(first, pgd(net, x, y, ball, **options, generator=generator(7)))
+    assert not torch.equal(first, pgd(net, x, y, ball, **options, generator=generator(8)))
+
+
+def test_leaves_the_network_as_found():
+    net, x, y, ball = conv_net(), images(0, 6, 1, 8, 8), torch.arange(6) % 3, Ball(0.1)
+    F.cross_entropy(net(x), y).backward()
+    modes = [module.training for module in net.modules()]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    grads = [parameter.grad.clone() for parameter in net.parameters()]
+    assert any(modes)
+    assert not all(modes)
+    pgd(net, x, y, ball, steps=2, restarts=2)
+    fgsm(net, x, y, ball)
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), grads, strict=True))
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_modes_come_back_after_an_exception():
+    net = conv_net()
+    modes = [module.training for module in net.modules()]
+
+    def broken(logits, y):
+        assert not any(module.training for module in net.modules())
+        raise ArithmeticError
+
+    for attack in (fgsm, pgd):
+        with pytest.raises(ArithmeticError):
+            attack(net, images(0, 2, 1, 8, 8), torch.zeros(2, dtype=torch.long), Ball(0.1), objective=broken)
+        assert [module.training for module in net.modules()] == modes
+
+
+def test_evaluating_does_not_call_a_networks_own_train():
+    class Stubborn(nn.Linear):
+        def train(self, mode: bool = True) -> nn.Module:
+            raise AssertionError("train() was called")
+
+    net = nn.Sequential(Stubborn(2, 2))
+    with evaluating(net):
+        assert not net[0].training
+    assert net[0].training
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(context):
+    net, ball = conv_net(), Ball(0.1)
+    x, y = images(0, 6, 1, 8, 8), torch.arange(6) % 3
+    wanted = pgd(net, x, y, ball, steps=3, generator=generator())
+    with context():
+        got = pgd(net, x.clone(), y.clone(), ball, steps=3, generator=generator())
+        assert not torch.is_grad_enabled()
+        torch.testing.assert_close(fgsm(net, x.clone(), y, ball), fgsm(net, x, y, ball))
+    assert torch.equal(got, wanted)
+
+
+def test_broken_samples_drop_out_of_later_restarts():
+    """Logits (bias, mean pixel): in a ball of .1 the images at .5 stay below .7, those at .65 pass it."""
+    net = linear(4)
+    net[1].weight.data = torch.tensor([[0.0], [1 / 16]]).expand(2, 16).clone()
+    net[1].bias.data = torch.tensor([0.7, 0.0])
+    x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.long)
+    x[3:] = 0.65
+    counted = Counted(net)
+    x_adv = pgd(counted, x, y, Ball(0.1), steps=4, restarts=3, generator=generator())
+    assert misclassified((net(x_adv),), y).tolist() == [False] * 3 + [True] * 3
+    # Four gradient steps and one verdict per restart; half of the samples are done after the first.
+    assert counted.seen == [6] * 5 + [3] * 10
+
+
+def test_restarts_keep_the_worst():
+    """Uneven slopes: where a run ends depends on its start, so a maximum over runs can be told from a last run."""
+
+    class Wavy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = (torch.sin(40 * x) * torch.linspace(0.5, 1, 16).view(4, 4)).flatten(1).sum(1)
+            return torch.stack([torch.full_like(z, 100.0), z], 1)
+
+    net, ball = Wavy(), Ball(0.4)
+    x, y = images(0, 8, 1, 4, 4), torch.zeros(8, dtype=torch.long)
+    shared = generator(5)
+    runs = [
+        pgd(net, x, y, ball, objective=margin, steps=5, step_size=0.01, generator=shared) for _ in range(4)
+    ]
+    losses = torch.stack([margin((net(run),), y) for run in runs])
+    kept = pgd(net, x, y, ball, objective=margin, steps=5, step_size=0.01, restarts=4, generator=generator(5))
+    torch.testing.assert_close(margin((net(kept),), y), losses.amax(0))
+    assert (losses.argmax(0) < 3).any()
+
+
+def test_a_broken_sample_beats_a_larger_loss():
+    """The objective pulls away from what the judge looks for; the one broken start must be kept all the same."""
+
+    class Value(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([x.flatten(1).sum(1), torch.full((len(x),), 0.5)], 1)
+
+    x, y = torch.full((40, 1, 1, 1), 0.5), torch.zeros(40, dtype=torch.long)
+    options = {"objective": lambda logits, y: logits[-1][:, 0], "steps": 0}
+    once = misclassified((Value()(pgd(Value(), x, y, Ball(0.1), generator=generator(), **options)),), y)
+    many = pgd(Value(), x, y, Ball(0.1), generator=generator(), restarts=12, **options)
+    assert 5 < once.sum() < 35
+    assert misclassified((Value()(many),), y).all()
+
+
+def test_first_start():
+    net, x, y = linear(4), images(0, 3, 1, 4, 4), torch.zeros(3, dtype=torch.long)
+    assert torch.equal(pgd(net, x, y, Ball(0.1), steps=0, random_start=False), x)
+    assert not torch.equal(pgd(net, x, y, Ball(0.1), steps=0), x)
+    assert torch.equal(pgd(net, x, y, Ball(0)), x)
+    assert torch.equal(fgsm(net, x, y, Ball(0, "1")), x)
+    assert pgd(net, x[:0], y[:0], Ball(0.1)).shape == (0, 1, 4, 4)
+
+
+class Kinked(nn.Module):
+    """Row 0: no gradient. Row 1: NaN. Row 2: NaN in its first pixel. Others: a plain sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(1)
+        factor = torch.ones_like(flat)
+        factor[0], factor[1], factor[2, 0] = 0.0, math.nan, math.nan
+        z = (flat * factor).sum(1)
+        return torch.stack([torch.zeros_like(z), z], 1)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_useless_gradients_are_counted_and_harmless(norm):
+    x, y, ball = images(0, 5, 1, 4, 4), torch.zeros(5, dtype=torch.long), Ball(0.3, norm)
+
+    def first_pixel_nan(logits, y):
+        return logits[-1][:, 1]
+
+    report = GradientReport()
+    x_adv = pgd(Kinked(), x, y, ball, objective=first_pixel_nan, steps=4, random_start=False, report=report)
+    assert (report.samples, report.zero, report.nonfinite) == (20, 4, 8)
+    assert (report.zero_share, report.nonfinite_share) == (0.2, 0.4)
+    torch.testing.assert_close(x_adv[:2], x[:2], rtol=0, atol=1e-6)
+    assert ball.contains(x_adv, x).all()
+    assert (x_adv - x)[2].abs().sum() > 0.2
+    fgsm(Kinked(), x, y, ball, objective=first_pixel_nan, report=report)
+    assert (report.samples, report.zero, report.nonfinite) == (25, 5, 10)
+    assert GradientReport().zero_share == 0
+
+
+def test_a_network_without_gradients_is_counted_not_crashed():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.one_hot((x.flatten(1).sum(1) > 8).long(), 2) * self.weight
+
+    for net in (Gate(), Gate().requires_grad_(False)):
+        report = GradientReport()
+        x_adv = pgd(
+            net, images(0, 3, 1, 4, 4), torch.zeros(3, dtype=torch.long), Ball(0.1), steps=2, report=report
+        )
+        assert report.zero == report.samples == 6
+        assert x_adv.isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_objectives_by_hand(classes):
+    z = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0]])[:, :classes]
+    y = torch.tensor([0, 0])
+    torch.testing.assert_close(cross_entropy((z * 9, z), y), -z.log_softmax(1)[:, 0])
+    wanted = torch.tensor([-3.0, 3.0] if classes == 2 else [-1.5, 3.0])
+    torch.testing.assert_close(margin((z,), y), wanted)
+    assert misclassified((z,), y).tolist() == [False, True]
+    assert misclassified((z * math.nan,), y).all()
+    other = z.flip(1)
+    torch.testing.assert_close(single(0, margin)((z, other), y), margin((z,), y))
+    torch.testing.assert_close(average(margin)((z, other), y), (margin((z,), y) + margin((other,), y)) / 2)
+    torch.testing.assert_close(average()((z,), y), cross_entropy((z,), y))
+
+
+def test_exits_are_attacked_one_by_one_or_together():
+    net, x, y, ball = TwoExits(), images(0, 12, 1, 4, 4), torch.arange(12) % 3, Ball(0.2)
+    aims = {"main": cross_entropy, "first": single(0), "last": single(-1), "average": average()}
+    found = {aim: pgd(net, x, y, ball, objective=loss, generator=generator()) for aim, loss in aims.items()}
+    loss = {aim: [single(i)(net(x_adv), y).sum().item() for i in (0, 1)] for aim, x_adv in found.items()}
+    assert torch.equal(found["main"], found["last"])
+    assert loss["first"][0] > loss["average"][0] > loss["main"][0]
+    assert loss["main"][1] > loss["average"][1] > loss["first"][1]
+    kept = pgd(net, x, y, ball, objective=single(0), judge=single(0, misclassified), restarts=2)
+    assert ball.contains(kept, x).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, "steps is -1"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"restarts": 0}, "restarts is 0"),
+        ({"step_size": 0.0}, "step_size is 0.0"),
+        ({"step_size": math.nan}, "step_size is nan"),
+        ({"x": torch.full((2, 1, 4, 4), math.nan)}, "NaN"),
+        ({"x": torch.full((2, 1, 4, 4), 3.0)}, "pixels range"),
+        ({"y": torch.tensor([0])}, "labels"),
+        ({"y": torch.tensor([0, 7])}, "label 1 is 7"),
+        ({"ball": Ball(0.1, low=0.2, high=0.8)}, "leave the ball's range"),
+    ],
+)
+def test_bad_input_is_one_line(change, message):
+    net = linear(4)
+    net.config = {"classes": 2, "input_shape": [1, 4, 4]}
+    given = {"x": torch.zeros(2, 1, 4, 4), "y": torch.tensor([0, 1]), "ball": Ball(0.1)} | change
+    with pytest.raises(InputError, match=message) as error:
+        pgd(net, **given)
+    assert "\n" not in str(error.value)
+
+
+def test_no_parameter_gradient_is_computed():
+    """A hook on the weight fires exactly when autograd computes its gradient."""
+    net, fired = linear(4), []
+    net[1].weight.register_hook(fired.append)
+    pgd(net, images(0, 2, 1, 4, 4), torch.zeros(2, dtype=torch.long), Ball(0.1), steps=2)
+    assert fired == []
