@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.ball import Ball
-from swiftsure.bounds.graph import Graph, trace
 from swiftsure.bounds._interval import interval
-from swiftsure.bounds.region import Region
 from swiftsure.bounds._symbolic import symbolic
+from swiftsure.bounds.graph import Graph, trace
+from swiftsure.bounds.region import Region
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from swiftsure.bounds import operations as ops
-from swiftsure.bounds.graph import Graph
 from swiftsure.bounds._interval import Intervals, stable
+from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
 from swiftsure.bounds.relaxation import Relaxation
 from swiftsure.bounds.rows import Rows, add, unit_rows
