@@ -252,6 +252,8 @@ def test_first_start():
     net, x, y = linear(4), images(0, 3, 1, 4, 4), torch.zeros(3, dtype=torch.long)
     assert torch.equal(pgd(net, x, y, Ball(0.1), steps=0, random_start=False), x)
     assert not torch.equal(pgd(net, x, y, Ball(0.1), steps=0), x)
+    later = pgd(net, x, y, Ball(0.1), steps=0, random_start=False, restarts=9, generator=generator())
+    assert not torch.equal(later, x)
     assert torch.equal(pgd(net, x, y, Ball(0)), x)
     assert torch.equal(fgsm(net, x, y, Ball(0, "1")), x)
     assert pgd(net, x[:0], y[:0], Ball(0.1)).shape == (0, 1, 4, 4)

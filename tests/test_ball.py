@@ -152,8 +152,8 @@ def test_samples_fill_the_ball(norm):
 
 
 def test_rounding_of_many_pixels_stays_inside_a_small_l1_ball():
-    x = images(1, 2, 3, 64, 64)
-    ball = Ball(0.01, "1")
+    x = images(1, 8, 3, 64, 64)
+    ball = Ball(0.001, "1")
     points = ball.sample(x, torch.Generator().manual_seed(3))
     assert ball.contains(points, x).all()
     assert (ball.distance(points, x) > 0).all()
