@@ -1,0 +1,192 @@
+"""What each command does: call the library, print what it found. Options are those of `swiftsure.cli`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from swiftsure import certificates, data, evaluation, recipe_file, run
+from swiftsure import demo as demonstration
+from swiftsure import report as pages
+from swiftsure.evaluation import Measured
+
+
+def train(options: Namespace) -> None:
+    """swiftsure train."""
+    recipe = recipe_file.read(options.recipe, options.set)
+    folder = Path(options.out or Path("runs") / recipe.name)
+    try:
+        done = run.train(
+            recipe,
+            folder,
+            resume=options.resume,
+            device=options.device,
+            data_root=options.data,
+            model=options.model,
+            on_epoch=None if sys.stderr.isatty() else print_epoch,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(folder, options)) from None
+    print_trained(done)
+
+
+def evaluate(options: Namespace) -> None:
+    """swiftsure evaluate."""
+    print_measured(
+        evaluation.evaluate_run(options.run, suite=options.suite, method=options.method, **_choice(options))
+    )
+
+
+def attack(options: Namespace) -> None:
+    """swiftsure attack."""
+    print_measured(evaluation.attack_run(options.run, suite=options.suite, **_choice(options)), "attacked")
+
+
+def certify(options: Namespace) -> None:
+    """swiftsure certify."""
+    print_measured(evaluation.certify_run(options.run, method=options.method, **_choice(options)), "verified")
+
+
+def measure(options: Namespace) -> None:
+    """swiftsure measure."""
+    print_measured(evaluation.measure_run(options.run, **_choice(options)), "cost")
+
+
+def recheck(options: Namespace) -> None:
+    """swiftsure recheck."""
+    stated = certificates.read(options.run)
+    subject = evaluation.open_subject(
+        options.run,
+        limit=len(stated.certificate),
+        device=options.device,
+        model=options.model,
+        data_root=options.data,
+    )
+    found = certificates.recheck(subject.net, subject.folder, subject.images)
+    print(
+        f"{found.certified} of {found.n} samples are certified, and proven again; "
+        f"margins differ by at most {found.largest_difference:.2g} ({found.seconds:.1f} s)"
+    )
+
+
+def report(options: Namespace) -> None:
+    """swiftsure report."""
+    print(pages.page(options.runs, options.out))
+
+
+def demo(options: Namespace) -> None:
+    """swiftsure demo."""
+    done, measured = demonstration.demo(options.out, on_epoch=None if sys.stderr.isatty() else print_epoch)
+    print_trained(done)
+    print_measured(measured)
+
+
+def data_list(options: Namespace) -> None:
+    """swiftsure data list."""
+    there = data.found(options.data)
+    for name in data.names():
+        print(f"{name:<14} {there.get(name, 'not found; `swiftsure data path ' + name + '` says why')}")
+
+
+def data_path(options: Namespace) -> None:
+    """swiftsure data path."""
+    print(data.path(options.name, options.data))
+
+
+def data_fetch(options: Namespace) -> None:
+    """swiftsure data fetch."""
+    print(data.fetch(options.name, options.data))
+
+
+def print_epoch(records: list[dict[str, Any]]) -> None:
+    """One line an epoch, for logs; on a terminal a bar shows the same."""
+    last = records[-1]
+    figures = " ".join(
+        f"{name} {100 * last[key]:.1f}"
+        for name, key in (
+            ("clean", "clean_accuracy"),
+            ("attacked", "robust_accuracy"),
+            ("verified", "verified_accuracy"),
+        )
+        if last[key] is not None
+    )
+    print(
+        f"epoch {last['epoch']}: eps {last['eps']:.4g} weight {last['weight']:.3g} loss {last['loss']:.4f}  "
+        f"validation: {figures}  ({last['seconds']:.1f} s)",
+        flush=True,
+    )
+
+
+def print_trained(done: run.Trained) -> None:
+    """The end of a training: which epoch was kept, and where it lies."""
+    if done.finished_before:
+        print(f"{done.folder} is finished: there is nothing to resume")
+        return
+    kept = done.history.records[done.history.best]
+    print(
+        f"trained {len(done.history.records)} epochs in {done.history.seconds:.1f} s, kept epoch {kept['epoch']}: "
+        f"{done.folder}"
+    )
+
+
+def print_measured(measured: Measured, only: str | None = None) -> None:
+    """What was measured, a line a figure; all of it, or one of "attacked", "verified" and "cost"."""
+    found = measured.results
+    clean, attacked, verified = found["clean"], found["attacked"], found["verified"]
+    lines = []
+    if only != "cost" and clean:
+        ball = (attacked or verified)["ball"]
+        lines.append(
+            f"{clean['n']:,} test images of {measured.data}, eps {ball['eps']:.6g} in L{ball['norm']}"
+        )
+        lines.append(f"clean     {_percent(clean['accuracy'])}")
+    if only in (None, "attacked") and attacked:
+        each = ", ".join(f"{name} {_percent(value).strip()}" for name, value in attacked["accuracy"].items())
+        lines.append(
+            f"attacked  {_percent(attacked['accuracy']['union'])}  suite {attacked['suite']}: {each}"
+            f"  ({found['seconds']['attack']:.1f} s)"
+        )
+    if only in (None, "verified") and verified:
+        by = ", ".join(f"{count:,} by {name}" for name, count in verified["by"].items())
+        lines.append(
+            f"verified  {_percent(verified['accuracy'])}  {by}  ({found['seconds']['certify']:.1f} s)"
+        )
+    if only in (None, "cost"):
+        macs, latency = found["macs"]["static"], found["latency_ms"]
+        lines.append(
+            f"cost      {macs:,} multiply-adds, {measured.parameters:,} parameters, "
+            f"{latency['static_b1']:.3g} ms an image alone, {latency['static_b256']:.3g} ms in batches of 256"
+        )
+    if measured.page is not None:
+        lines.append(f"page      {measured.page}")
+    print("\n".join(lines))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:6.2f}%"
+
+
+def _choice(options: Namespace) -> dict[str, Any]:
+    """The options that every measurement takes."""
+    return {
+        "limit": options.limit,
+        "eps": options.eps,
+        "device": options.device,
+        "model": options.model,
+        "data_root": options.data,
+    }
+
+
+def _how_to_resume(folder: Path, options: Namespace) -> str:
+    if not (folder / run.RECIPE).exists():
+        return "nothing was written yet; run the same command again"
+    words = ["swiftsure", "train", str(folder / run.RECIPE), "--out", str(folder), "--resume"]
+    for name in ("device", "data", "model"):
+        value = getattr(options, name)
+        if value not in (None, "auto"):
+            words += [f"--{name}", str(value)]
+    return f"go on with `{shlex.join(words)}`"

@@ -1,0 +1,399 @@
+"""What is measured of a trained run: attacks, certificates and cost, on the same images, joined into its files.
+
+The order of writing matters: the files that a defect would be examined with come first, then the guard that no
+attack breaks a certified sample, and results.json only after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import swiftsure.files as files
+from swiftsure import certificates, data, examples, models, report, results, run, samples
+from swiftsure.attacks.objectives import as_exits
+from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
+from swiftsure.ball import Ball
+from swiftsure.certificates import METHODS, Certificate, certify
+from swiftsure.certificates._precision import certifying
+from swiftsure.data.progress import progress
+from swiftsure.errors import InputError, SoundnessError
+from swiftsure.exits import latency_ms, parameters, static_macs
+from swiftsure.models.storage import CONFIG, WEIGHTS
+from swiftsure.recipe import Recipe
+from swiftsure.samples import Table
+
+PAGE = "report.html"
+_BATCH = 500
+"""Images that are float on the device at once."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement says, beside the files that it wrote.
+
+    Attributes:
+        results: all of results.json.
+        data: the name of the set, and which part of it was used where it is not all of it.
+        parameters: of the network.
+        page: report.html, where it was drawn.
+    """
+
+    results: dict[str, Any]
+    data: str
+    parameters: int
+    page: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network, the images and the ball that it is measured on, and what is known of it already."""
+
+    folder: Path
+    recipe: Recipe
+    net: nn.Module
+    images: data.ImageSet
+    ball: Ball
+    device: torch.device
+    results: dict[str, Any]
+
+    @property
+    def n(self) -> int:
+        """How many samples are measured."""
+        return len(self.images)
+
+
+def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -> Measured:
+    """Attack a run's network; writes its part of results.json, its columns of samples.csv, and examples.npz.
+
+    Args:
+        folder: a run directory.
+        suite: "quick", "standard" or "full"; None: the recipe's.
+        choice: limit, eps, device, model and data_root, as `open_subject` takes them.
+
+    Raises:
+        InputError: unusable options or files, or what is measured already is of other samples or another ball.
+        SoundnessError: an attack broke a certified sample; the files to examine it with are written.
+    """
+    subject = open_subject(folder, **choice)
+    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
+    results.require_joinable(subject.results, ("clean", "attacked"), subject.n, subject.ball)
+    proven = _certificates_at_hand(subject)
+    clean = _clean_columns(subject)
+    found = _attack(subject, suite)
+    table = {**clean, **_attack_columns(found), **proven}
+    return _publish(subject, _attack_parts(subject, found, clean), table, found)
+
+
+def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any) -> Measured:
+    """Certify a run's network; writes its part of results.json, its columns of samples.csv, and certificates.jsonl.
+
+    Args:
+        folder: a run directory.
+        method: "interval", "symbolic" or "auto" (cheap first); None: the recipe's.
+        choice: limit, eps, device, model and data_root, as `open_subject` takes them.
+
+    Raises:
+        InputError, SoundnessError: as `attack_run`.
+    """
+    subject = open_subject(folder, **choice)
+    method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
+    results.require_joinable(subject.results, ("clean", "verified"), subject.n, subject.ball)
+    standing = samples.read(subject.folder) if subject.results["attacked"] else {}
+    clean = _clean_columns(subject)
+    certificate, seconds = _certify(subject, method)
+    measured = {**clean, **_proven_columns(certificate)}
+    table = samples.join(standing, measured, [name for name in standing if samples.is_attacked(name)])
+    return _publish(
+        subject, _certify_parts(subject, certificate, seconds, clean), table, certificate=certificate
+    )
+
+
+def measure_run(folder: str | Path, **choice: Any) -> Measured:
+    """Count multiply-adds and time a run's network, one image at a time and 256 at a time.
+
+    Args:
+        folder: a run directory.
+        choice: limit, eps, device, model and data_root, as `open_subject` takes them. What an image costs a network
+            with one exit depends on neither limit nor eps.
+
+    Raises:
+        InputError: unusable options or files.
+    """
+    subject = open_subject(folder, **choice)
+    return _publish(subject, _measure_parts(subject), None)
+
+
+def evaluate_run(
+    folder: str | Path, *, suite: str | None = None, method: str | None = None, **choice: Any
+) -> Measured:
+    """Certify, attack and measure a run's network on the same images and ball, and draw its page.
+
+    What was measured before on other samples or in another ball is replaced.
+
+    Args and errors as in `attack_run` and `certify_run`.
+    """
+    subject = open_subject(folder, **choice)
+    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
+    method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
+    clean = _clean_columns(subject)
+    certificate, seconds = _certify(subject, method)
+    found = _attack(subject, suite)
+    parts = [
+        _certify_parts(subject, certificate, seconds, clean),
+        _attack_parts(subject, found, clean),
+        _measure_parts(subject),
+    ]
+    merged = {
+        name: value for part in parts for name, value in part.items() if name not in ("seconds", "macs")
+    }
+    for name in ("seconds", "macs"):
+        merged[name] = {key: value for part in parts for key, value in part.get(name, {}).items()}
+    table = {**clean, **_attack_columns(found), **_proven_columns(certificate)}
+    measured = _publish(subject, merged, table, found, certificate)
+    page = report.page([subject.folder], subject.folder / PAGE)
+    return Measured(measured.results, measured.data, measured.parameters, page)
+
+
+def open_subject(
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    eps: float | str | None = None,
+    device: str = "auto",
+    model: str | None = None,
+    data_root: str | Path | None = None,
+) -> Subject:
+    """All that a measurement needs, checked.
+
+    Args:
+        folder: a run directory whose training is finished.
+        limit: the first so many test images; None: the recipe's, else all.
+        eps: another radius than the recipe's.
+        device: "auto" or a torch device.
+        model: "package.module:function" for an architecture that no name is registered for.
+        data_root: where the data sets lie.
+
+    Raises:
+        InputError: what is missing, damaged, of another network or of other data.
+    """
+    folder = Path(folder)
+    recipe = run.read_recipe(folder)
+    ball = recipe.ball.build()
+    if eps is not None:
+        ball = ball.with_eps(eps)
+    where = run.pick_device(device)
+    limit = recipe.evaluate.limit if limit is None else limit
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit is {limit!r}; allowed: an integer >= 1, or None for all test images")
+    net = run.read_network(folder, where, model)
+    config = models.read_config(folder)
+    if config.get("weights_sha256") != files.sha256(folder / WEIGHTS):
+        raise InputError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with; train it again")
+    known = results.read(folder) if (folder / results.NAME).exists() else results.empty_results()
+    if known["weights_sha256"] not in (None, config["weights_sha256"]):
+        raise InputError(
+            f"{folder / results.NAME} was measured on other weights; remove it to begin a new one"
+        )
+    test = data.load(recipe.data.name, data_root, recipe.seed).test
+    stated = (config.get("data") or {}).get("test_sha256")
+    if stated not in (None, test.sha256()):
+        raise InputError(
+            f"the test images of {recipe.data.name} found here are not those of the run; name its data with --data"
+        )
+    images = test.select(slice(0, limit)) if limit is not None else test
+    return Subject(folder, recipe, net, images, ball, where, known)
+
+
+def _known(name: str, what: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:
+    if name not in allowed:
+        raise InputError(f"{what} is {name!r}; allowed: {', '.join(allowed)}")
+    return name
+
+
+def _clean_columns(subject: Subject) -> Table:
+    """index, label, prediction and correct of every sample."""
+    predicted = _predictions(subject, None)
+    label = subject.images.labels.cpu().numpy()
+    index = np.arange(subject.n)
+    return {
+        "index": index,
+        "label": label,
+        "prediction": predicted,
+        "correct": (predicted == label).astype(np.int64),
+    }
+
+
+def _predictions(subject: Subject, instead: Tensor | None) -> NDArray[np.int64]:
+    """The last exit's class of every sample, or of other images (n, C, H, W) in their place: (n,)."""
+    answers = []
+    with certifying(subject.net):
+        for start in range(0, subject.n, _BATCH):
+            part = slice(start, start + _BATCH)
+            x = (
+                subject.images.batch(part, subject.device)[0]
+                if instead is None
+                else instead[part].to(subject.device)
+            )
+            answers.append(as_exits(subject.net(x))[-1].argmax(1).cpu())
+    return torch.cat(answers).numpy()
+
+
+def _attack(subject: Subject, suite: str) -> SuiteResult:
+    x, y = subject.images.batch(slice(None))
+    done: dict[str, int] = {}
+    # The arithmetic of the certificates: an attack on another one would break what was never promised.
+    with progress("attack", subject.n * len(SUITES[suite])) as advance, certifying(subject.net):
+
+        def step(name: str, count: int, total: int) -> None:
+            advance(count - done.get(name, 0))
+            done[name] = count
+
+        return run_suite(subject.net, x, y, subject.ball, suite, seed=subject.recipe.seed, progress=step)
+
+
+def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
+    """One certificate for all samples, computed part by part with the slack measured on the first."""
+    began = perf_counter()
+    parts: list[Certificate] = []
+    with progress("certify", subject.n) as advance:
+        for start in range(0, subject.n, _BATCH):
+            x, y = subject.images.batch(slice(start, start + _BATCH), subject.device)
+            delta = parts[0].delta if parts else None
+            parts.append(certify(subject.net, x, y, ball=subject.ball, method=method, delta=delta))
+            advance(len(x))
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name).cpu() for part in parts])
+
+    names = ("certified", "margin", "max_exit", "max_macs", "label")
+    whole = Certificate(
+        **{name: joined(name) for name in names},
+        method=[one for part in parts for one in part.method],
+        ball=subject.ball,
+        asked=method,
+        delta=parts[0].delta,
+    )
+    return whole, perf_counter() - began
+
+
+def _attack_columns(found: SuiteResult) -> Table:
+    columns = {**found.broken, "union": found.union}
+    return {f"attack:{name}": broken.cpu().numpy().astype(np.int64) for name, broken in columns.items()}
+
+
+def _proven_columns(certificate: Certificate) -> Table:
+    margin = certificate.margin.cpu().double().numpy()
+    table: Table = {
+        f"verified:{name}": np.array([int(one == name) for one in certificate.method])
+        for name in certificate.by
+    }
+    return {
+        **table,
+        "certified": certificate.certified.cpu().numpy().astype(np.int64),
+        "margin": np.where(np.isfinite(margin), margin, np.nan),
+        "max_exit": certificate.max_exit.cpu().numpy(),
+        "max_macs": certificate.max_macs.cpu().numpy(),
+    }
+
+
+def _certificates_at_hand(subject: Subject) -> Table:
+    """The columns of certificates.jsonl, where it is about these weights, images and ball; else none."""
+    if not (subject.folder / certificates.NAME).exists():
+        return {}
+    file = certificates.read(subject.folder)
+    about = (file.weights_sha256, file.data_sha256, file.certificate.ball)
+    if about != (files.sha256(subject.folder / WEIGHTS), subject.images.sha256(), subject.ball):
+        return {}
+    return _proven_columns(file.certificate)
+
+
+def _attack_parts(subject: Subject, found: SuiteResult, clean: Table) -> dict[str, Any]:
+    attacked = {
+        "n": subject.n,
+        "ball": subject.ball.as_dict(),
+        "suite": found.suite,
+        "accuracy": found.accuracy,
+    }
+    return {
+        "clean": _clean_part(clean),
+        "attacked": attacked,
+        "seconds": {"attack": sum(found.seconds.values())},
+    }
+
+
+def _certify_parts(
+    subject: Subject, certificate: Certificate, seconds: float, clean: Table
+) -> dict[str, Any]:
+    return {
+        "clean": _clean_part(clean),
+        "verified": {
+            "n": subject.n,
+            "ball": subject.ball.as_dict(),
+            "accuracy": certificate.certified.double().mean().item(),
+            "by": certificate.by,
+        },
+        "seconds": {"certify": seconds},
+        "macs": {"certified_max": certificate.max_macs.double().mean().item()},
+    }
+
+
+def _clean_part(clean: Table) -> dict[str, Any]:
+    return {"n": len(clean["correct"]), "accuracy": float(clean["correct"].mean())}
+
+
+def _measure_parts(subject: Subject) -> dict[str, Any]:
+    shape = subject.images.shape
+    return {
+        "macs": {"static": static_macs(subject.net, shape)},
+        "latency_ms": {
+            "static_b1": latency_ms(subject.net, 1, input_shape=shape),
+            "static_b256": latency_ms(subject.net, 256, input_shape=shape),
+        },
+    }
+
+
+def _publish(
+    subject: Subject,
+    parts: dict[str, Any],
+    table: Table | None,
+    found: SuiteResult | None = None,
+    certificate: Certificate | None = None,
+) -> Measured:
+    """Write what was measured: table, certificates and examples, then the guard, then results.json."""
+    folder = subject.folder
+    parts = {
+        **parts,
+        "seed": subject.recipe.seed,
+        "device": run.device_name(subject.device),
+        "versions": run.versions(),
+        "weights_sha256": files.sha256(folder / WEIGHTS),
+    }
+    unsound = None
+    try:
+        merged = results.merge_parts(subject.results, parts)
+    except SoundnessError as error:
+        # The totals already contradict each other; the table below may name the sample.
+        unsound = error
+    if certificate is not None:
+        certificates.write(folder, certificate, subject.images)
+    if table is not None:
+        samples.write(folder, table)
+        if found is None:
+            examples.update(folder, table)
+        else:
+            examples.write(folder, subject.images, table, found.worst, _predictions(subject, found.worst))
+        samples.refuse_broken_certificates(folder, table)
+    if unsound is not None:
+        raise unsound
+    files.write_json(folder / results.NAME, merged)
+    name = subject.images.name + (f" ({subject.images.subset})" if subject.images.subset else "")
+    return Measured(merged, name, parameters(subject.net))
