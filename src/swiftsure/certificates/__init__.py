@@ -1,0 +1,22 @@
+"""From bounds to verdicts: certificates of single samples, on disk, and computed again."""
+
+from swiftsure.certificates._certify import METHODS, Certificate, certify, verified_accuracy
+from swiftsure.certificates._recheck import Recheck, recheck
+from swiftsure.certificates._rounding import FLOOR, SAFETY, rounding_slack
+from swiftsure.certificates._storage import NAME, CertificateFile, read, write
+
+__all__ = [
+    "FLOOR",
+    "METHODS",
+    "NAME",
+    "SAFETY",
+    "Certificate",
+    "CertificateFile",
+    "Recheck",
+    "certify",
+    "read",
+    "recheck",
+    "rounding_slack",
+    "verified_accuracy",
+    "write",
+]
