@@ -19,10 +19,16 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to the disk and rename it into place.
 
     Raises:
-        InputError: the folder cannot be written (read-only, full disk); the old file stays as it was.
+        InputError: the folder cannot be written (read-only, full disk), or what is there is no ordinary file; it
+            stays as it was.
     """
     temporary: Path | None = None
     try:
+        if path.exists() and not path.is_file():
+            # A rename would put a plain file in the place of a device, for every program on the machine.
+            raise InputError(
+                f"cannot write {path}: it is a folder or a device; allowed: a new or ordinary file"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
