@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class Parser(ArgumentParser):
             return f"{unknown('option', given, known)}; {self._see_help()}"
         if message.startswith("the following arguments are required: "):
             names = message.removeprefix("the following arguments are required: ")
-            return f"{names.upper()} is missing; {self._see_help()}"
+            return f"{' and '.join(names.upper().rstrip('S') for names in names.split(', '))} is missing; {self._see_help()}"
+        if "ignored explicit argument" in message:
+            message = re.sub(r"ignored explicit argument (.*)", r"takes no value; \1 was given", message)
         option, _, fault = message.removeprefix("argument ").partition(": ")
         return f"{option}: {fault.replace('expected one argument', 'a value is missing')}"
 
@@ -65,12 +68,13 @@ def _argument(*names: str, **settings: Any) -> Callable[[ArgumentParser], None]:
     return add
 
 
-def _count(text: str) -> int:
-    """A number of samples.
+def _count(value: str | int) -> int:
+    """A number of samples; jsonargparse passes it through twice, as text and as the number that it became.
 
     Raises:
         argparse.ArgumentTypeError: it is no integer >= 1.
     """
+    text = str(value)
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of samples; allowed: an integer >= 1")
     return int(text)
@@ -273,7 +277,9 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
     first = words[0]
     if first not in _FAMILIES:
         if first not in COMMANDS:
-            raise InputError(unknown("command", first, [*COMMANDS, *_FAMILIES]))
+            raise InputError(
+                unknown("command", first, [name for name in COMMANDS if " " not in name] + [*_FAMILIES])
+            )
         return first, words[1:]
     actions = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
     if len(words) == 1:
