@@ -233,7 +233,7 @@ class Zonotope(Abstract):
                 count=unstable.numel(),
                 unstable=int(unstable.sum()),
                 settled_by_interval=int(by_interval.sum()),
-                nearest=float(ends.min()) if len(ends) else torch.inf,
+                nearest=float(ends.detach().min()) if len(ends) else torch.inf,
             )
         )
         slope = torch.where(unstable, upper / torch.where(unstable, upper - lower, 1.0), passes.double())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -195,6 +196,25 @@ def test_logit_bounds_equal_the_reference(name: str, ball: str) -> None:
             assert ((found - end).abs().max() / (1 + end.abs().max())).item() < 1e-5
 
 
+@pytest.mark.parametrize("ball", ["inf .1", "l2 .5", "l1 1"])
+@pytest.mark.parametrize("name", ["digits_small", "residual scaled"])
+def test_gradients_equal_the_reference(name: str, ball: str) -> None:
+    """Of the loss that training uses, to every parameter: automatic through the dense float64 form."""
+    net, x, y = problem(name)
+    net, x = reference.in_double(net), x.double()
+    parameters = list(net.parameters())
+    for method in METHODS:
+        walks = [reference.walk(net, image, BALLS[ball], method)[1][0] for image in x]
+        wanted = torch.stack([output.margins(int(label)) for output, label in zip(walks, y, strict=True)])
+        found = bounds.margins(net, x, y, BALLS[ball], method)
+        for mine, theirs in zip(
+            torch.autograd.grad(nn.functional.cross_entropy(-found, y), parameters),
+            torch.autograd.grad(nn.functional.cross_entropy(-wanted, y), parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * (1 + theirs.abs().max().item()))
+
+
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(networks.cases())
 def test_random_nets_equal_the_reference(case: networks.Case) -> None:
@@ -243,6 +263,51 @@ def test_affine_layers_between_relus_count_as_one(affine: Callable[[], nn.Module
     for method in METHODS:
         [wanted] = reference.margins(net, x, y, ball, method)
         torch.testing.assert_close(bounds.margins(net, x, y, ball, method), wanted, rtol=1e-10, atol=1e-10)
+
+
+class Outputs(nn.Module):
+    """Logits made in other ways than by a last linear layer of one path."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.hidden, self.short = nn.Linear(16, 8), nn.Linear(16, 3)
+        self.first, self.second = nn.Linear(8, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x.flatten(1)
+        z = self.first(nn.functional.relu(self.hidden(x)))
+        return {
+            "an exit on an exit": lambda: (z, self.second(nn.functional.relu(z))),
+            "the same exit twice": lambda: (z, z),
+            "an affine exit": lambda: (self.short(x), z),
+            "a tuple of one": lambda: (z,),
+            "a sum of heads": lambda: z + self.short(x),
+            "a difference of heads": lambda: z - self.short(x),
+            "relu last": lambda: nn.functional.relu(z),
+        }[self.kind]()
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "an exit on an exit", "the same exit twice", "an affine exit", "a tuple of one",
+        "a sum of heads", "a difference of heads", "relu last",
+    ],
+)  # fmt: skip
+def test_outputs_of_every_form_equal_the_reference(kind: str, norm: str) -> None:
+    torch.manual_seed(0)
+    net, ball = Outputs(kind).double(), Ball(0.3, norm)
+    x, y = torch.rand(3, 1, 4, 4).double(), torch.tensor([0, 1, 2])
+    wanted = reference.margins(net, x, y, ball, "symbolic")
+    found = bounds.margins(net, x, y, ball, "symbolic")
+    assert isinstance(found, tuple) == isinstance(net(x), tuple)
+    torch.testing.assert_close(networks.outputs(found), wanted, rtol=1e-10, atol=1e-10)
+    for method in METHODS:
+        pairs = reference.output_bounds(net, x, ball, method)
+        boxes = networks.outputs(bounds.output_bounds(net, x, ball, method), pairs=True)
+        torch.testing.assert_close(boxes, pairs, rtol=1e-10, atol=1e-10)
 
 
 def test_a_large_batch_equals_its_images() -> None:
