@@ -94,6 +94,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(value, expected)
     rest = three_term_loss(net, x, y, ball, Loss(clean=None, k=None, bound="interval"), 0.4)
     torch.testing.assert_close(rest, 0.6 * F.cross_entropy(net(x), y) + 0.4 * proven)
+    shared = three_term_loss(net, x, y, ball, Loss(clean=0.0, k=None, interval_share=0.25), 2.0)
+    symbolic = F.cross_entropy(-margins(net, x, y, ball, "symbolic"), y)
+    torch.testing.assert_close(shared, 2.0 * (0.75 * symbolic + 0.25 * proven))
 
 
 def test_l1_counts_weights_and_not_biases():
@@ -247,7 +250,7 @@ def test_interval_training_proves_more_than_plain_training(digits):
         "plain": Loss(proven=False),
         "interval": Loss(clean=None, bound="interval", k=None, mixing=Mixing("ramp", first=0.0, last=0.5)),
     }.items():
-        net, schedule = small(), short(epochs=8, ramp=4)
+        net, schedule = build("digits_small", width=4, hidden=16), short(epochs=8, ramp=4)
         rate = Optimizer(rate=3e-3)
         fit(net, digits.train, digits.val, loss=loss, ball=Ball(0.05), optimizer=rate, schedule=schedule)
         lower = margins(net, x, y, Ball(0.05)).scatter(1, y[:, None], 1.0)

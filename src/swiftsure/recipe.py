@@ -136,6 +136,8 @@ class Loss:
         bound: the technique that bounds the worst case; "best" takes for each margin the tighter of both.
         k: samples of each batch that are bounded, drawn anew without replacement; null for all of them
             (stochastic robust approximation).
+        interval_share: share of the proven weight that goes to intervals on the whole batch, in [0, 1]; the rest
+            goes to `bound` on the k samples. A cheap bound on all and a tight one on a few is ours, not the paper's.
         mixing: the weight of the proven term.
         attack: the attack of the attacked term.
         l1: weight of the sum of |parameter| of all weights.
@@ -146,12 +148,15 @@ class Loss:
     proven: bool = True
     bound: Literal["interval", "symbolic", "best"] = "symbolic"
     k: int | None = 1
+    interval_share: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
     attack: Attack = field(default_factory=Attack)
     l1: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.k is None or self.k >= 1, f"loss.k is {self.k}; allowed: 1 or more, or null for all")
+        share = self.interval_share
+        _require(0 <= share <= 1, f"loss.interval_share is {share}; allowed: 0 to 1")
         _require(self.clean is None or self.clean >= 0, f"loss.clean is {self.clean}; allowed: >= 0, or null")
         _require(self.attacked >= 0 and self.l1 >= 0, "loss.attacked and loss.l1 must be >= 0")
         _require(

@@ -72,7 +72,7 @@ def three_term_loss(
 ) -> Tensor:
     """clean * CE(x) + attacked * CE(x_adv) + weight * CE(worst case of k samples): the loss of one batch, a scalar.
 
-    Terms of weight 0 are not computed. A ball of radius 0 leaves the clean term alone, with the weight of all three.
+    With an interval share, that part of the weight goes to the worst case of all samples by intervals. Terms of weight 0 are not computed. A ball of radius 0 leaves the clean term alone, with the weight of all three.
 
     Args:
         net: in training mode; returns logits or a tuple of them.
@@ -103,9 +103,12 @@ def three_term_loss(
                 assert attack is not None
                 x_adv = attack(net, x, y, ball)
                 parts.append(attacked * classification_loss(net(x_adv), y))
-            if bounded > 0:
+            if bounded > 0 and loss.interval_share < 1:
                 chosen = draw(len(x), loss.k, generator)
-                parts.append(bounded * worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound))
+                tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound)
+                parts.append(bounded * (1 - loss.interval_share) * tight)
+            if bounded > 0 and loss.interval_share > 0:
+                parts.append(bounded * loss.interval_share * worst_case_loss(net, x, y, ball, "interval"))
     total = torch.stack(parts).sum()
     if loss.l1 > 0:
         total = total + loss.l1 * sum(p.abs().sum() for p in net.parameters() if p.dim() > 1)
