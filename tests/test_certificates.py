@@ -267,6 +267,32 @@ def test_what_is_not_a_number_never_certifies(value: float, layer: int) -> None:
                 assert found.method == ["none"] * len(x)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bound_that_is_no_number_proves_nothing(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    net, x, y = problem("proven")
+
+    def margins(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
+        lower = torch.ones(len(x), 10)
+        lower[::2, 3] = value
+        return lower.scatter(1, y[:, None], 0.0)
+
+    monkeypatch.setattr("swiftsure.certificates._certify.margins", margins)
+    right = (label(net, x) == y).nonzero()[:, 0]
+    found = certify(net, x, y, BALLS[0], method="interval", delta=FLOOR, batch=len(x))
+    spoilt = (torch.arange(len(right)) % 2 == 0) & (y[right] != 3)
+    assert torch.equal(found.certified[right], ~spoilt)
+    assert (found.margin[right][spoilt] == -torch.inf).all()
+
+
+def test_an_answer_that_is_no_number_is_never_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, _ = problem("proven")
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net[-1].bias[2] = torch.nan
+    monkeypatch.setattr("swiftsure.certificates._certify.margins", lambda net, x, *_: torch.ones(len(x), 10))
+    assert not certify(net, x, None, BALLS[0], delta=FLOOR).certified.any()
+
+
 def test_verified_accuracy_is_the_certified_share() -> None:
     net, x, y = problem("proven")
     for method in METHODS:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from swiftsure import models
+from swiftsure import bounds, models
+from swiftsure.ball import Ball
 from swiftsure.certificates import NAME, Certificate, certify, read, recheck, write
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError, SoundnessError
@@ -200,6 +201,17 @@ def test_a_file_that_contradicts_itself_is_refused_in_spite_of_its_digest(
 
 
 @pytest.mark.usefixtures("made")
+def test_another_spelling_is_refused(tmp_path: Path) -> None:
+    """Readers differ on which of two equal keys they take."""
+    body = b"".join((tmp_path / NAME).read_bytes().splitlines(keepends=True)[:-1])
+    for old, new in ((b'{"index": 0,', b'{"index": 1, "index": 0,'), (b'"index": 0,', b'"index":0,')):
+        edited = body.replace(old, new, 1)
+        digest = json.dumps({"sha256": hashlib.sha256(edited).hexdigest()}).encode()
+        (tmp_path / NAME).write_bytes(edited + digest + b"\n")
+        assert "sample 0 is not in the form" in refused(tmp_path)
+
+
+@pytest.mark.usefixtures("made")
 def test_numbers_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
     lines = lines_of(tmp_path)
     for value in (float("nan"), float("inf")):
@@ -268,10 +280,31 @@ def test_recheck_refuses_other_margins_and_costs(
     recheck(net, tmp_path, images)
 
 
-@pytest.mark.usefixtures("made")
-def test_recheck_does_not_take_a_larger_ball_or_slack(
-    net: nn.Module, images: ImageSet, tmp_path: Path
+def test_half_of_the_slack_is_kept_for_recomputation(
+    net: nn.Module, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A margin just above delta may come out just below it elsewhere; one that loses half of delta is no proof."""
+    models.save(net, tmp_path)
+    x, y = images.batch(slice(None))
+    margin = certify(net, x, y, BALLS[0], method="interval").margin
+    delta = 0.9999 * float(margin[margin > 0.05].min())
+    write(tmp_path, certify(net, x, y, BALLS[0], method="interval", delta=delta), images)
+
+    def lowered(by: float) -> None:
+        def margins(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Any:
+            return bounds.margins(net, x, y, ball, method) - by
+
+        monkeypatch.setattr("swiftsure.certificates._certify.margins", margins)
+
+    lowered(5e-4)
+    assert recheck(net, tmp_path, images).largest_difference == pytest.approx(5e-4, rel=0.1)
+    lowered(0.51 * delta)
+    with pytest.raises(SoundnessError, match="cannot be proven again"):
+        recheck(net, tmp_path, images, tolerance=1.0)
+
+
+@pytest.mark.usefixtures("made")
+def test_recheck_does_not_take_a_larger_ball(net: nn.Module, images: ImageSet, tmp_path: Path) -> None:
     lines = lines_of(tmp_path)
     lines[0]["ball"]["eps"] = 0.2
     forge(tmp_path, lines)

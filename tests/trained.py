@@ -54,7 +54,7 @@ def network(proven: float = 0.5, seed: int = 0) -> nn.Module:
     train = digits().train
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     generator = torch.Generator().manual_seed(seed)
-    steps = 240
+    steps = 180
     for step in range(steps):
         x, y = train.batch(torch.randint(len(train), (64,), generator=generator))
         share = min(1.0, step / (0.6 * steps))

@@ -33,8 +33,7 @@ def static_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> int
     """
     image = _images(net, 1, input_shape)
     counter = FlopCounterMode(display=False)
-    # In inference mode operations reach the counter before they are broken up into those it knows.
-    with torch.inference_mode(False), torch.no_grad(), evaluating(net), counter:
+    with torch.no_grad(), evaluating(net), counter:
         _run(net, image)
     return int(counter.get_total_flops()) // 2
 
