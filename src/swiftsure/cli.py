@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,12 +39,16 @@ class Parser(ArgumentParser):
                 return f"unexpected argument {given!r}; {self._see_help()}"
             return f"{unknown('option', given, known)}; {self._see_help()}"
         if message.startswith("the following arguments are required: "):
-            names = message.removeprefix("the following arguments are required: ")
-            return f"{' and '.join(names.upper().rstrip('S') for names in names.split(', '))} is missing; {self._see_help()}"
-        if "ignored explicit argument" in message:
-            message = re.sub(r"ignored explicit argument (.*)", r"takes no value; \1 was given", message)
+            missing = message.removeprefix("the following arguments are required: ").split(", ")
+            shown = " and ".join(str(action.metavar) for action in self._actions if action.dest in missing)
+            return f"{shown} is missing; {self._see_help()}"
         option, _, fault = message.removeprefix("argument ").partition(": ")
-        return f"{option}: {fault.replace('expected one argument', 'a value is missing')}"
+        for theirs, ours in (
+            ("expected one argument", "a value is missing"),
+            ("ignored explicit argument", "it takes no value, and was given"),
+        ):
+            fault = fault.replace(theirs, ours)
+        return f"{option}: {fault}"
 
     def _see_help(self) -> str:
         return f"see `{self.prog} --help`"
