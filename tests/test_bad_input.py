@@ -283,7 +283,7 @@ def test_bad_tensors_are_refused_everywhere(trained: Path) -> None:
             lambda a, b: ss.attacks.pgd(net, a, b, ball, steps=1),
             lambda a, b: ss.certify(net, a, b, ball),
             lambda a, b: ss.margins(net, a, b, ball),
-            lambda a, b: ss.fit(ss.models.build("digits_small"), (a, b), (x, y)),
+            lambda a, b: ss.fit(ss.models.build("digits_small"), (x, y), (a, b)),
         ):
             with pytest.raises(InputError, match=fault) as caught:
                 use(images, labels)
