@@ -205,7 +205,10 @@ _HELP = ("-h", "--help", "help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for an error of use or a broken certificate, 130 for Ctrl-C."""
     try:
-        return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        code = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        # Here rather than at exit, where a closed pipe could no longer be caught.
+        sys.stdout.flush()
+        return code
     except (InputError, SoundnessError) as error:
         print(f"swiftsure: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
@@ -217,6 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of a pipe (head, less) has gone; Python must not complain about that at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = f"cannot use {error.filename}: " if error.filename else ""
+        print(f"swiftsure: {where}{error.strerror or error}", file=sys.stderr)
+        return USAGE_ERROR
 
 
 def _dispatch(words: list[str]) -> int:

@@ -22,8 +22,7 @@ from swiftsure import certificates, data, examples, models, report, results, run
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
 from swiftsure.ball import Ball
-from swiftsure.certificates import METHODS, Certificate, certify
-from swiftsure.certificates._precision import certifying
+from swiftsure.certificates import METHODS, Certificate, certify, certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError, SoundnessError
 from swiftsure.exits import latency_ms, parameters, static_macs

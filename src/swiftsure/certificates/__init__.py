@@ -1,6 +1,7 @@
 """From bounds to verdicts: certificates of single samples, on disk, and computed again."""
 
 from swiftsure.certificates._certify import METHODS, Certificate, certify, verified_accuracy
+from swiftsure.certificates._precision import certifying
 from swiftsure.certificates._recheck import Recheck, recheck
 from swiftsure.certificates._rounding import FLOOR, SAFETY, rounding_slack
 from swiftsure.certificates._storage import NAME, CertificateFile, read, write
@@ -14,6 +15,7 @@ __all__ = [
     "CertificateFile",
     "Recheck",
     "certify",
+    "certifying",
     "read",
     "recheck",
     "rounding_slack",
