@@ -239,13 +239,15 @@ def test_random_nets_equal_the_reference(case: networks.Case) -> None:
 @pytest.mark.parametrize(
     "affine",
     [
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)),
         lambda: networks.Residual(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 1), "x + y"),
         lambda: networks.Residual(nn.Identity(), nn.Conv2d(2, 2, 3, padding=1), "torch.add"),
         lambda: nn.Sequential(
             networks.Residual(nn.Identity(), nn.Conv2d(2, 2, 1), "x += y"), nn.Conv2d(2, 2, 3)
         ),
     ],
-    ids=["two convs summed", "identity and conv", "sum then conv"],
+    ids=["conv conv", "conv norm conv", "two convs summed", "identity and conv", "sum then conv"],
 )
 def test_affine_layers_between_relus_count_as_one(affine: Callable[[], nn.Module], norm: str) -> None:
     """An error symbol reaches the next unit by one combined coefficient, in which paths may cancel."""
@@ -285,6 +287,7 @@ class Outputs(nn.Module):
             "a sum of heads": lambda: z + self.short(x),
             "a difference of heads": lambda: z - self.short(x),
             "relu last": lambda: nn.functional.relu(z),
+            "scaled logits": lambda: (z - 0.5) / 0.3,
         }[self.kind]()
 
 
@@ -293,7 +296,7 @@ class Outputs(nn.Module):
     "kind",
     [
         "an exit on an exit", "the same exit twice", "an affine exit", "a tuple of one",
-        "a sum of heads", "a difference of heads", "relu last",
+        "a sum of heads", "a difference of heads", "relu last", "scaled logits",
     ],
 )  # fmt: skip
 def test_outputs_of_every_form_equal_the_reference(kind: str, norm: str) -> None:

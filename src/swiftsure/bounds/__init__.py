@@ -72,7 +72,7 @@ def margins(
     bound = technique(method)
     check_batch(x, y, shape=_input_shape(net))
     graph = trace(net, x)
-    classes = graph.nodes[graph.outputs[0]].shape[0]
+    classes = class_count(graph)
     check_batch(x, y, classes=classes)
     lower = tuple(low for low, _ in bound(graph, Region(x, ball), margin_spec(y, classes, x.dtype)))
     return lower[0] if graph.single else lower
@@ -95,7 +95,21 @@ def output_bounds(
 def margin_spec(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """The linear functions z_y - z_j of the logits: (batch, classes, classes), row y all zero."""
     identity = torch.eye(classes, dtype=dtype, device=y.device)
-    return identity[y][:, None, :] - identity
+    return identity[y.long()][:, None, :] - identity
+
+
+def class_count(graph: Graph) -> int:
+    """How many classes every output has.
+
+    Raises:
+        InputError: outputs differ in it.
+    """
+    counts = sorted({graph.nodes[output].shape[0] for output in graph.outputs})
+    if len(counts) > 1:
+        raise InputError(
+            f"the exits have different numbers of classes {counts}; margins need the same for all"
+        )
+    return counts[0]
 
 
 def _input_shape(net: nn.Module) -> tuple[int, ...] | None:

@@ -157,7 +157,8 @@ def _near_errors(
 ) -> tuple[frozenset[int], Tensor] | None:
     """What the ReLUs that every unit of a node sees along one path only add to its reach, and which they are.
 
-    Along several paths (a residual sum) coefficients may cancel before their magnitude counts: those need rows.
+    Along several paths (a residual sum), or through two mixing maps in a row, coefficients may cancel before their
+    magnitude counts: those need rows.
     """
     paths = dict.fromkeys(graph.ancestors(target), 0)
     paths[target] = 1
@@ -166,8 +167,11 @@ def _near_errors(
             paths[source] += paths[index]
     near: set[int] = set()
 
-    def errors(index: int) -> Tensor | None:
+    def errors(index: int, mixed: bool = False) -> Tensor | None:
         node = graph.nodes[index]
+        mixes = isinstance(node.operation, ops.Linear | ops.Conv2d)
+        if mixed and mixes:
+            return None
         if isinstance(node.operation, ops.Relu):
             if paths[index] > 1:
                 return None
@@ -175,7 +179,7 @@ def _near_errors(
             return relaxations[index].error
         if isinstance(node.operation, ops.Input):
             return None
-        parts = [errors(i) for i in node.inputs]
+        parts = [errors(i, mixed or mixes) for i in node.inputs]
         if all(part is None for part in parts):
             return None
         known = [

@@ -41,6 +41,20 @@ class Graph:
     single: bool
     """Whether the network returns one tensor rather than a tuple."""
 
+    def values(self, x: Tensor) -> list[Tensor]:
+        """The outputs at some images (batch, channels, height, width), as the network computes them."""
+        known: list[Tensor] = []
+        for node in self.nodes:
+            inputs = [known[i] for i in node.inputs]
+            match node.operation:
+                case ops.Input():
+                    known.append(x)
+                case ops.Relu():
+                    known.append(inputs[0].relu())
+                case affine:
+                    known.append(affine.value(*inputs))
+        return [known[output] for output in self.outputs]
+
     def ancestors(self, target: int) -> list[int]:
         """The nodes that ``target`` depends on, itself included, from last to first."""
         needed = {target}
@@ -60,20 +74,39 @@ def trace(net: nn.Module, example: Tensor) -> Graph:
 
     Args:
         net: any module that torch.fx can trace and that holds only supported operations.
-        example: an image or a batch (batch, channels, height, width); only its shape is used.
+        example: an image or a batch (batch, channels, height, width); its shape and type are used.
 
     Raises:
-        InputError: an operation without a rule (named, with what can be done), or a network that fx cannot trace.
+        InputError: an operation without a rule (named, with what can be done), a network that fx cannot trace, or
+            one whose traced operations do not compute what it computes.
     """
-    shape = tuple(example.shape[1:])
-    # Replacing, adding or reshaping a module changes the key, and the network is traced again.
-    key = (shape, tuple((name, id(module)) for name, module in net.named_modules()))
+    key = (tuple(example.shape[1:]), example.dtype, example.device, _fingerprint(net))
     known = _TRACES.get(net)
     if known is not None and known[0] == key:
         return known[1]
-    graph = _Reader(net, shape).read()
+    graph = _Reader(net, example).read()
     _TRACES[net] = (key, graph)
     return graph
+
+
+def _fingerprint(net: nn.Module) -> tuple[Any, ...]:
+    """What a trace depends on beside the values of parameters and buffers, which it follows.
+
+    Modules put in another's place, hooks, and plain attributes that a forward pass may read (numbers, tensors).
+    """
+    return tuple(
+        (
+            name,
+            id(module),
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            tuple(
+                (attribute, id(value) if isinstance(value, Tensor) else value)
+                for attribute, value in vars(module).items()
+                if attribute != "training" and isinstance(value, int | float | str | tuple | Tensor)
+            ),
+        )
+        for name, module in net.named_modules()
+    )
 
 
 _MODULES: dict[type[nn.Module], str] = {
@@ -128,31 +161,46 @@ _PROBE_BATCH = 3
 class _Reader:
     """Walks an fx graph once, translating each node."""
 
-    def __init__(self, net: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, net: nn.Module, example: Tensor) -> None:
         self.net = net
-        parameter = next(iter([*net.parameters(), *net.buffers()]), torch.empty(0))
-        floats = parameter.dtype if parameter.is_floating_point() else torch.float32
-        probe = torch.full((_PROBE_BATCH, *shape), 0.5, dtype=floats, device=parameter.device)
-        try:
-            with evaluating(net), torch.no_grad():
-                self.module = fx.symbolic_trace(net)
-                # In-place operations would overwrite recorded values, not shapes: only shapes are read.
-                ShapeProp(self.module).propagate(probe)
-        except InputError:
-            raise
-        except Exception as error:
-            # fx and the network's own forward raise whatever they like; the user needs the one line.
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        shape = tuple(example.shape[1:])
+        weights = next(iter(net.parameters()), example)
+        if (weights.dtype, weights.device) != (example.dtype, example.device):
             raise InputError(
-                f"the network cannot be traced on images of shape {shape}: {line}; bounds need a forward pass "
-                "without branches on data, and images of the shape the network was built for"
-            ) from None
+                f"images are {example.dtype} on {example.device}, the network is {weights.dtype} on {weights.device}; "
+                "they must be alike"
+            )
+        generator = torch.Generator().manual_seed(0)
+        self.probe = torch.rand((_PROBE_BATCH, *shape), generator=generator).to(example)
+        before = set(vars(net))
+        with evaluating(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            try:
+                self.expected = net(self.probe)
+                tracer = fx.Tracer()
+                tracer.proxy_buffer_attributes = True  # or buffers would be frozen at today's values
+                traced = tracer.trace(net)
+                self.module = fx.GraphModule(net, traced)
+                self.module.graph.eliminate_dead_code()
+                self.module.recompile()
+                ShapeProp(self.module).propagate(self.probe.clone())
+            except Exception as error:
+                # fx and the network's own forward raise whatever they like; the user needs the one line.
+                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise InputError(
+                    f"the network cannot be traced on images of shape {shape}: {line}; bounds need a forward pass "
+                    "without branches on data, and images of the shape the network was built for"
+                ) from None
+            finally:
+                # fx leaves tensors that are neither parameters nor buffers as new attributes on the user's network.
+                self.constants = {name: vars(net)[name] for name in set(vars(net)) - before}
+                for name in self.constants:
+                    delattr(net, name)
         self.modules = dict(self.module.named_modules())
         self.nodes: list[Node] = []
         self.index: dict[fx.Node, int] = {}
 
     def read(self) -> Graph:
-        """Translate all nodes and find the outputs."""
+        """Translate all nodes, find the outputs, and make sure that the result computes what the network does."""
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 if self.nodes:
@@ -163,13 +211,37 @@ class _Reader:
             elif node.op == "output":
                 returned: Any = node.args[0]
                 single = isinstance(returned, fx.Node)
-                outputs = [returned] if single else list(returned)
+                outputs = (
+                    [returned] if single else list(returned) if isinstance(returned, tuple | list) else []
+                )
                 if not outputs or not all(isinstance(out, fx.Node) and out in self.index for out in outputs):
                     raise InputError("the network must return logits (batch, classes), or a tuple of them")
-                return Graph(self.nodes, [self.index[out] for out in outputs], single)
+                graph = Graph(self.nodes, [self.index[out] for out in outputs], single)
+                self._require_faithful(graph)
+                return graph
             elif self._is_live(node):
                 self._translate(node)
         raise InputError("the network returns nothing")
+
+    def _require_faithful(self, graph: Graph) -> None:
+        """Forward hooks and in-place operations on shared values leave no mark in a trace: compare with the network."""
+        for output in graph.outputs:
+            if len(graph.nodes[output].shape) != 1:
+                shape = ("batch", *graph.nodes[output].shape)
+                raise InputError(
+                    f"the network returns {shape}; bounds need logits (batch, classes), or a tuple of them"
+                )
+        with torch.no_grad():
+            found = graph.values(self.probe)
+        expected = [self.expected] if graph.single else list(self.expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            if not torch.allclose(
+                ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()), equal_nan=True
+            ):
+                raise InputError(
+                    "the traced operations do not compute what the network computes; remove forward hooks, in-place "
+                    "operations on values that are used again, and randomness in evaluation mode"
+                )
 
     def _is_live(self, node: fx.Node) -> bool:
         """Whether a node's value is a tensor that depends on the image (sizes and constants do not count)."""
@@ -248,16 +320,13 @@ class _Reader:
         if not isinstance(other, fx.Node):
             raise self._unsupported(node)
         if other.op == "get_attr":
-            path = str(other.target).split(".")
-            net = self.net
-
-            def attribute() -> Tensor:
-                value: Any = net
-                for name in path:
-                    value = getattr(value, name)
-                return value
-
-            return attribute
+            path, _, name = str(other.target).rpartition(".")
+            if other.target in self.constants:
+                constant = self.constants[str(other.target)]
+                return lambda: constant
+            # The cache of traces must not keep the network alive.
+            owner = weakref.ref(self.net.get_submodule(path))
+            return lambda: getattr(owner(), name)
         if other.op in ("call_function", "call_method") and "tensor_meta" in other.meta:
             arguments = [
                 self._constant(node, a) if isinstance(a, fx.Node) else (lambda a=a: a) for a in other.args
@@ -296,7 +365,10 @@ def _with_constant(kind: str, read: Callable[[], Tensor | float], dims: int, *, 
     """z + c, z - c, c - z, z * c or z / c as an element-wise scale and shift."""
 
     def constant() -> Tensor:
-        value = torch.as_tensor(read())
+        value = read()
+        if not isinstance(value, Tensor):
+            # In double precision; as a scalar it takes on the type of what it meets.
+            return torch.tensor(value, dtype=torch.float64)
         # A constant written for batches, such as (1, C, 1, 1), loses its batch axis.
         return value[0] if value.dim() == dims + 1 else value
 

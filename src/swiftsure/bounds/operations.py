@@ -126,7 +126,7 @@ class Scale:
         scale, _ = self.read()
         if scale is None:
             return (rows,)
-        rows = rows.spread()
+        rows, scale = rows.spread(), scale.to(rows.values)
         if rows.window is not None and scale.dim() == 3 and scale.shape[1:] == (1, 1):
             return (rows.with_values(rows.values * scale),)
         field = scale.expand(1, *rows.shape)

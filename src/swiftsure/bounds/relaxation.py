@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swiftsure.bounds.rows import Rows
 
@@ -121,6 +122,7 @@ class _ThroughRelu(torch.autograd.Function):
         return values * slope, errors
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of both outputs to values, unit_slope and unit_error."""
         from_values, from_errors = gradients

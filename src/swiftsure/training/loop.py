@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swiftsure.attacks import pgd
 from swiftsure.ball import Ball
-from swiftsure.bounds import trace
+from swiftsure.bounds import class_count, trace
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 from swiftsure.recipe import Attack, Loss, Optimizer, Schedule
@@ -171,7 +171,7 @@ def _check_fit(net: nn.Module, images: Any, loss: Loss, device: torch.device) ->
     check_batch(x, shape=shape)
     if loss.proven:
         graph = trace(net, x)
-        classes = graph.nodes[graph.outputs[0]].shape[0]
+        classes = class_count(graph)
     elif isinstance(config, dict):
         classes = config["classes"]
     else:

@@ -51,7 +51,7 @@ class _Loader:
         for item in self.loader:
             x, y = _pair(item)
             check_batch(x, y)
-            x, y = x.to(self.device), y.to(self.device)
+            x, y = x.to(self.device), y.to(self.device, torch.int64)
             yield (x if self.augment is None else self.augment(x, generator)), y
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, Region, margin_spec, technique, trace
+from swiftsure.bounds import TECHNIQUES, Region, class_count, margin_spec, technique, trace
 from swiftsure.bounds.graph import Graph
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
@@ -37,7 +37,7 @@ def worst_case_loss(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: st
         method: a bound technique, or "best" for the tighter of interval and symbolic at each margin.
     """
     graph = trace(net, x)
-    classes = graph.nodes[graph.outputs[0]].shape[0]
+    classes = class_count(graph)
     bound = best if method == "best" else technique(method)
     lower = [low for low, _ in bound(graph, Region(x, ball), margin_spec(y, classes, x.dtype))]
     return torch.stack([F.cross_entropy(-low, y) for low in lower]).sum()
@@ -152,6 +152,7 @@ def mixtrain_loss(
         >>> loss.backward()
     """
     check_batch(x, y)
+    y = y.long()
     if not weight >= 0 or weight == float("inf"):
         raise InputError(f"weight is {weight}; allowed: a finite number >= 0")
     return three_term_loss(net, x, y, ball, _mixtrain(k, method), weight, generator=generator)
