@@ -32,9 +32,9 @@ class Units:
     unstable: int
     """Neither intervals nor the symbolic bounds prove them stable: each has an error symbol."""
     settled_by_interval: int
-    """Stable by intervals while their symbolic bounds cross zero: only here does `pure` differ."""
-    nearest: float
-    """The smallest distance to zero of an interval's end that decides such a case: rounding may flip it."""
+    """Stable by intervals while their symbolic bounds cross zero."""
+    tightened_by_interval: int
+    """Their symbolic bounds cross zero, and intervals are tighter on one side: only here does `pure` differ."""
 
 
 class Region:
@@ -43,7 +43,7 @@ class Region:
     Args:
         image: the centre of the ball.
         ball: the threat model.
-        pure: decide stability by the symbolic bounds alone, never by intervals.
+        pure: take the symbolic bounds alone, not the tighter of them and of plain intervals on each side.
     """
 
     def __init__(self, image: Tensor, ball: Ball, pure: bool = False) -> None:
@@ -221,19 +221,20 @@ class Zonotope(Abstract):
 
     def relu(self) -> Zonotope:
         lower, upper = self.bounds
-        passes, vanishes = lower >= 0, upper <= 0
         low, high = self.box.bounds
-        by_interval = ((low >= 0) | (high <= 0)) & ~passes & ~vanishes
+        crossing = (lower < 0) & (upper > 0)
+        by_interval = ((low >= 0) | (high <= 0)) & crossing
+        tightened = ((low > lower) | (high < upper)) & crossing
         if not self.region.pure:
-            passes, vanishes = passes | (low >= 0), vanishes | (high <= 0)
+            lower, upper = torch.maximum(lower, low), torch.minimum(upper, high)
+        passes, vanishes = lower >= 0, upper <= 0
         unstable = ~passes & ~vanishes
-        ends = torch.minimum(low.abs(), high.abs())[(lower < 0) & (upper > 0)]
         self.region.hidden.append(
             Units(
                 count=unstable.numel(),
                 unstable=int(unstable.sum()),
                 settled_by_interval=int(by_interval.sum()),
-                nearest=float(ends.detach().min()) if len(ends) else torch.inf,
+                tightened_by_interval=int(tightened.sum()),
             )
         )
         slope = torch.where(unstable, upper / torch.where(unstable, upper - lower, 1.0), passes.double())

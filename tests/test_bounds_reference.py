@@ -220,7 +220,6 @@ def test_gradients_equal_the_reference(name: str, ball: str) -> None:
 def test_random_nets_equal_the_reference(case: networks.Case) -> None:
     units = reference.hidden_units(case.net, case.x, case.ball)
     # An interval that ends within a rounding error of zero may rightly be read either way.
-    assume(all(unit.nearest == 0 or unit.nearest > 1e-9 for unit in units))
     net, x = case.net.double(), case.x.double()
     for method in METHODS:
         wanted = reference.margins(net, x, case.y, case.ball, method)
@@ -336,16 +335,16 @@ def norms_after_relu(seed: int) -> nn.Module:
 
 
 def test_units_that_intervals_settle() -> None:
-    """The convention "stable by intervals is stable" touches 4% of the units here, in 25 of 30 nets.
+    """Intervals tighten the l, u of many units here.
 
-    It mostly tightens the margins, but not always: a unit that passes keeps in full what its slope would have scaled.
+    That mostly tightens the margins, but not always: a unit that passes keeps in full what its slope would have scaled.
     """
     x, y, ball = torch.full((1, 1, 4, 4), 0.4), torch.tensor([1]), Ball(0.3)
     settled = differing = tighter = looser = 0
     for seed in range(30):
         net = norms_after_relu(seed).double()
         units = reference.hidden_units(net, x, ball)
-        here = sum(unit.settled_by_interval for unit in units)
+        here = sum(unit.tightened_by_interval for unit in units)
         [margin] = reference.margins(net, x, y, ball, "symbolic")
         [pure] = reference.margins(net, x, y, ball, "symbolic", pure=True)
         assert here > 0 or torch.equal(margin, pure)
@@ -357,5 +356,5 @@ def test_units_that_intervals_settle() -> None:
         found = bounds.margins(net, x.double(), y, ball, "symbolic")
         torch.testing.assert_close(found, margin, rtol=1e-10, atol=1e-10)
     assert 15 <= differing <= 30
-    assert 100 <= settled <= 300
-    assert tighter > looser > 0
+    assert settled >= 100
+    assert tighter > looser

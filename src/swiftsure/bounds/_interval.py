@@ -75,4 +75,5 @@ def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
 def stable(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Which units are always on, and which are not proven to be always on or always off: bool, shaped like centre."""
     active = center >= radius
-    return active, ~active & (center > -radius)
+    # Written so that NaN is not stable.
+    return active, ~active & ~(center <= -radius)

@@ -32,8 +32,8 @@ ROW_ELEMENTS = 1 << 25
 def symbolic(graph: Graph, region: Region, spec: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
     """Bounds of each output, or of linear functions of it, by MixTrain's relaxation.
 
-    A unit that intervals prove stable counts as stable; the l, u of every other unit are the relaxation's own.
-    Outputs are not intersected with intervals: neither technique is tighter everywhere.
+    The l, u of a hidden unit are the tighter, side by side, of the relaxation's own and of plain intervals; so units
+    that intervals prove stable need no rows. Outputs are the relaxation's own: neither technique is tighter everywhere.
 
     Args:
         graph: the traced network.
@@ -110,16 +110,18 @@ def _relax(
     exact: bool,
 ) -> Relaxation:
     """The relaxation of a ReLU on node ``source``, whose centre is given."""
-    active, open_ = stable(*intervals[source])
+    middle, radius = intervals[source]
+    active, open_ = stable(middle, radius)
     chosen = open_.flatten().nonzero()[:, 0]
     if not len(chosen):
         return Relaxation.stable(active, center.dtype)
-    middle = center.reshape(-1)[chosen]
-    if exact and region.symmetric:
-        below = above = intervals[source][1].reshape(-1)[chosen]
-    else:
+    middle, radius = middle.reshape(-1)[chosen], radius.reshape(-1)[chosen]
+    lower, upper = middle - radius, middle + radius
+    if not (exact and region.symmetric):
         below, above = _unit_reach(graph, region, relaxations, source, chosen, center)
-    falls, rises = (below - middle).relu(), (middle + above).relu()
+        start = center.reshape(-1)[chosen]
+        lower, upper = torch.maximum(lower, start - below), torch.minimum(upper, start + above)
+    falls, rises = (-lower).relu(), upper.relu()
     # rises / (rises + falls) is u / (u - l), and 1 or 0 where the relaxation itself proves the unit stable.
     slope = rises / (rises + falls).clamp_min(torch.finfo(center.dtype).tiny)
     return Relaxation.of(active, chosen, slope, slope * falls / 2)
