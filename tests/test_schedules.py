@@ -67,21 +67,27 @@ def test_geometric_is_hydras_schedule():
 
 def test_balanced_raises_while_clean_accuracy_holds_and_lowers_when_it_falls():
     mixing = Mixing("balanced", first=1.0, factor=2.0, last=8.0, least=0.5, clean_target=0.9)
-    control = controller(mixing, Schedule())
+    control = controller(mixing, Schedule(ramp=0))
     clean = [None, 0.95, 0.95, 0.95, 0.95, 0.8, 0.8, 0.8, 0.8, 0.8, 0.8, 0.9]
     weights = [control.weight(i + 1, c, None) for i, c in enumerate(clean)]
     assert weights == [1, 2, 4, 8, 8, 4, 2, 1, 0.5, 0.5, 0.5, 1.0]
 
 
+def test_balanced_waits_for_the_full_radius():
+    control = controller(Mixing("balanced", first=1.0, factor=2.0, clean_target=0.9), Schedule(warmup=1, ramp=2))
+    assert [control.weight(e, 0.95, None) for e in range(1, 7)] == [1, 1, 1, 1, 2, 4]
+
+
 def test_balanced_without_a_target_stays_within_tolerance_of_the_best():
-    control = controller(Mixing("balanced", first=1.0, factor=2.0, tolerance=0.02), Schedule())
+    control = controller(Mixing("balanced", first=1.0, factor=2.0, tolerance=0.02), Schedule(ramp=0))
     weights = [control.weight(i + 1, c, None) for i, c in enumerate([None, 0.9, 0.95, 0.94, 0.92])]
     assert weights == [1, 2, 4, 8, 4]
 
 
 def test_balanced_goes_on_from_its_saved_state():
     mixing = Mixing("balanced", first=1.0, factor=2.0)
-    whole, part = controller(mixing, Schedule()), controller(mixing, Schedule())
+    schedule = Schedule(ramp=0)
+    whole, part = controller(mixing, schedule), controller(mixing, schedule)
     for epoch, clean in enumerate([None, 0.9, 0.95], 1):
         last = whole.weight(epoch, clean, None)
     part.state.update({name: float(value) for name, value in whole.state.items()})

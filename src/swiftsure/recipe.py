@@ -91,8 +91,8 @@ class Mixing:
         controller: constant: stays at `first`.
             ramp: from `first` to `last` along the eps ramp (linear).
             geometric: min(first * factor ** (epochs since the ramp // every), last).
-            balanced: times `factor` after an epoch whose clean accuracy on the validation split holds, divided by
-            it when it does not; between `least` and `last`.
+            balanced: `first` until the radius is full; then times `factor` after an epoch whose clean accuracy on the
+            validation split holds, divided by it when it does not; between `least` and `last`.
         first: the weight at the start.
         last: the largest weight (ramp: the weight at the end).
         least: the smallest weight of balanced.

@@ -73,17 +73,19 @@ class Balanced:
     """Raise the weight while clean accuracy holds, lower it when it does not: multiplicative, within bounds.
 
     Clean accuracy holds while it is at least `clean_target`, or, without a target, within `tolerance` of the best
-    seen. Ours: the paper's formula is not public.
+    seen. While the radius still grows the weight stays where it starts: clean accuracy is low there for another
+    reason. Ours: the paper's formula is not public.
     """
 
     mixing: Mixing
+    schedule: Schedule
     state: dict[str, float] = field(default_factory=dict)
 
     def weight(self, epoch: int, clean: float | None, verified: float | None) -> float:
         """One multiplicative step from the last epoch's weight."""
         mixing = self.mixing
         current = self.state.get("weight", mixing.first)
-        if clean is not None:
+        if clean is not None and epoch - 1 > self.schedule.warmup + self.schedule.ramp:
             best = max(clean, self.state.get("best_clean", 0.0))
             target = best - mixing.tolerance if mixing.clean_target is None else mixing.clean_target
             current = current * mixing.factor if clean >= target else current / mixing.factor
@@ -102,4 +104,4 @@ def controller(mixing: Mixing, schedule: Schedule) -> Controller:
         case "geometric":
             return Geometric(mixing, schedule)
         case "balanced":
-            return Balanced(mixing)
+            return Balanced(mixing, schedule)
