@@ -25,7 +25,15 @@ def images(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("8/255", 8 / 255), (" 2/255 ", 2 / 255), ("0.1", 0.1), (0, 0.0), (3, 3.0), ("1e-2", 0.01)],
+    [
+        ("8/255", 8 / 255),
+        (" 2/255 ", 2 / 255),
+        ("1.785/255", 1.785 / 255),
+        ("0.1", 0.1),
+        (0, 0.0),
+        (3, 3.0),
+        ("1e-2", 0.01),
+    ],
 )
 def test_eps_is_read(text, value):
     assert parse_eps(text) == value
@@ -36,6 +44,7 @@ def test_eps_is_read(text, value):
     "text",
     [
         "8/0",
+        "1/2/3",
         "",
         "/",
         "eight",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -16,14 +15,14 @@ NORMS = ("inf", "2", "1")
 
 
 def parse_eps(value: float | str) -> float:
-    """Read a radius in pixel units, written as a number or a fraction such as ``"8/255"``.
+    """Read a radius in pixel units, written as a number or a fraction such as ``"8/255"`` or ``"1.785/255"``.
 
     Raises:
         InputError: it is not a finite number >= 0.
     """
     try:
-        # Only a true fraction goes through Fraction, which would expand "1e999999999" digit by digit.
-        eps = float(Fraction(value.strip()) if isinstance(value, str) and "/" in value else value)
+        above, *below = value.split("/") if isinstance(value, str) else (value,)
+        eps = float(above) if not below else float(above) / float(*below)
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):
         allowed = "a number >= 0 such as 0.1, or a fraction such as '8/255'"
         raise InputError(f"eps is {value!r}; allowed: {allowed}") from None
