@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from swiftsure import evaluation, recipe_file, run
 from swiftsure.errors import InputError
@@ -38,8 +41,20 @@ def demo(
         raise InputError(
             f"{folder} holds something other than a demonstration; choose a new folder with --out"
         )
-    done = run.train(recipe, folder, device="cpu", on_epoch=on_epoch)
-    return done, evaluation.evaluate_run(folder, device="cpu")
+    with _one_thread():
+        done = run.train(recipe, folder, device="cpu", on_epoch=on_epoch)
+        return done, evaluation.evaluate_run(folder, device="cpu")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Operations on 8x8 images are too small to share; beside other work, threads that wait cost minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _is_demo(folder: Path) -> bool:
