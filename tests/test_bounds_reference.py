@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from torch import Tensor, nn
 
 import networks
@@ -218,7 +218,6 @@ def test_gradients_equal_the_reference(name: str, ball: str) -> None:
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(networks.cases())
 def test_random_nets_equal_the_reference(case: networks.Case) -> None:
-    units = reference.hidden_units(case.net, case.x, case.ball)
     # An interval that ends within a rounding error of zero may rightly be read either way.
     net, x = case.net.double(), case.x.double()
     for method in METHODS:

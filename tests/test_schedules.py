@@ -74,7 +74,9 @@ def test_balanced_raises_while_clean_accuracy_holds_and_lowers_when_it_falls():
 
 
 def test_balanced_waits_for_the_full_radius():
-    control = controller(Mixing("balanced", first=1.0, factor=2.0, clean_target=0.9), Schedule(warmup=1, ramp=2))
+    control = controller(
+        Mixing("balanced", first=1.0, factor=2.0, clean_target=0.9), Schedule(warmup=1, ramp=2)
+    )
     assert [control.weight(e, 0.95, None) for e in range(1, 7)] == [1, 1, 1, 1, 2, 4]
 
 

@@ -343,7 +343,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_a_clear_line(digits):
 
 def test_labels_or_images_that_do_not_fit_the_network_are_found_before_training(digits):
     three = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    with pytest.raises(InputError, match="label 9 is out of range"):
+    with pytest.raises(InputError, match="label"):
         fit(three, digits.train, digits.val, schedule=short())
     with pytest.raises(InputError, match="shape"):
         fit(build("mnist_small"), digits.train, digits.val, schedule=short())

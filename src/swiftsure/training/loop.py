@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from swiftsure.attacks import pgd
 from swiftsure.ball import Ball
 from swiftsure.bounds import class_count, trace
-from swiftsure.data import check_batch
+from swiftsure.data import ImageSet, check_batch
+from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
+from swiftsure.models.modes import evaluating
 from swiftsure.recipe import Attack, Loss, Optimizer, Schedule
 from swiftsure.training import state as states
 from swiftsure.training.check import check, chosen_epoch
@@ -83,9 +85,9 @@ def fit(
     optimizer, schedule = optimizer or Optimizer(), schedule or Schedule()
     device = torch.device(device) if device is not None else next(net.parameters()).device
     net.to(device)
-    batches = source(train, schedule.batch, device, augment)
     held_out = as_set(val)
-    _check_fit(net, held_out, loss, device)
+    classes = _check_fit(net, held_out, loss, device)
+    batches = source(train, schedule.batch, device, augment, classes)
 
     descent = _build(optimizer, net)
     mixing = controller(loss.mixing, schedule)
@@ -163,24 +165,23 @@ def fit(
     return History(done.records, best, sum(record["seconds"] for record in done.records))
 
 
-def _check_fit(net: nn.Module, images: Any, loss: Loss, device: torch.device) -> None:
-    """Find out before the first epoch, not after it, that data, network and loss do not go together."""
-    x, _ = images.batch(slice(0, 1), device)
+def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.device) -> int:
+    """Find out before the first epoch, not after it, that data, network and loss do not go together.
+
+    Returns:
+        How many classes the network has.
+    """
+    x, _ = images.batch(slice(0, 2), device)
     config = getattr(net, "config", None)
-    shape = tuple(config["input_shape"]) if isinstance(config, dict) else None
-    check_batch(x, shape=shape)
+    check_batch(x, shape=tuple(config["input_shape"]) if isinstance(config, dict) else None)
     if loss.proven:
-        graph = trace(net, x)
-        classes = class_count(graph)
-    elif isinstance(config, dict):
-        classes = config["classes"]
+        classes = class_count(trace(net, x))
     else:
-        return
-    highest = int(images.labels.max())
-    if highest >= classes:
-        raise InputError(
-            f"label {highest} is out of range: the network has {classes} classes, 0 to {classes - 1}"
-        )
+        with evaluating(net), torch.no_grad():
+            logits = net(x)
+        classes = (logits if isinstance(logits, Tensor) else logits[-1]).shape[1]
+    check_labels(images.labels, len(images), classes)
+    return classes
 
 
 def _build(optimizer: Optimizer, net: nn.Module) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from swiftsure.data import ImageSet, check_batch
+from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -28,12 +29,10 @@ class Source(Protocol):
 class _InMemory:
     def __init__(self, images: ImageSet, batch: int, device: torch.device, augment: Augment | None) -> None:
         self.images, self.batch, self.device, self.augment = images, min(batch, len(images)), device, augment
-        # The last, smaller batch is left out: another permutation next epoch leaves out other images.
         self.steps = len(images) // self.batch
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.images), generator=generator)
-        for chosen in order[: self.steps * self.batch].view(self.steps, self.batch):
+        for chosen in _order(len(self.images), self.steps, self.batch, generator):
             x, y = self.images.batch(chosen, self.device)
             yield (x if self.augment is None else self.augment(x, generator)), y
 
@@ -41,8 +40,10 @@ class _InMemory:
 class _Loader:
     """A user's DataLoader: its order, its workers and its transforms are the user's."""
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device, augment: Augment | None) -> None:
-        self.loader, self.device, self.augment = loader, device, augment
+    def __init__(
+        self, loader: DataLoader[Any], device: torch.device, augment: Augment | None, classes: int | None
+    ) -> None:
+        self.loader, self.device, self.augment, self.classes = loader, device, augment, classes
         self.steps = len(loader)
         if not self.steps:
             raise InputError("the DataLoader has no batch; check its data set, batch_size and drop_last")
@@ -50,33 +51,46 @@ class _Loader:
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         for item in self.loader:
             x, y = _pair(item)
-            check_batch(x, y)
+            check_batch(x, y, classes=self.classes)
             x, y = x.to(self.device), y.to(self.device, torch.int64)
             yield (x if self.augment is None else self.augment(x, generator)), y
 
 
-class _Items(_InMemory):
+class _Items:
     """A user's Dataset, item by item in our order, so that its own random transforms act anew each time."""
 
     def __init__(
-        self, items: Dataset[Any], batch: int, device: torch.device, augment: Augment | None
+        self,
+        items: Dataset[Any],
+        batch: int,
+        device: torch.device,
+        augment: Augment | None,
+        classes: int | None,
     ) -> None:
-        self.items, self.device, self.augment = items, device, augment
-        count = len(items)  # type: ignore[arg-type]
-        if not count:
+        self.items, self.device, self.augment, self.classes = items, device, augment, classes
+        self.count = len(items)  # type: ignore[arg-type]
+        if not self.count:
             raise InputError("the Dataset is empty")
-        self.batch = min(batch, count)
-        self.steps, self.count = count // self.batch, count
+        self.batch = min(batch, self.count)
+        self.steps = self.count // self.batch
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(self.count, generator=generator)
-        for chosen in order[: self.steps * self.batch].view(self.steps, self.batch):
+        for chosen in _order(self.count, self.steps, self.batch, generator):
             x, y = _collate(self.items, chosen.tolist())
+            check_batch(x, y, classes=self.classes)
             x, y = x.to(self.device), y.to(self.device)
             yield (x if self.augment is None else self.augment(x, generator)), y
 
 
-def source(data: Any, batch: int, device: torch.device, augment: Augment | None = None) -> Source:
+def _order(count: int, steps: int, batch: int, generator: torch.Generator) -> Tensor:
+    """Numbers of the images of each batch, in random order: (steps, batch). A last, smaller batch is left out:
+    another order next epoch leaves out other images."""
+    return torch.randperm(count, generator=generator)[: steps * batch].view(steps, batch)
+
+
+def source(
+    data: Any, batch: int, device: torch.device, augment: Augment | None = None, classes: int | None = None
+) -> Source:
     """Training batches from whatever the user has.
 
     Args:
@@ -85,17 +99,19 @@ def source(data: Any, batch: int, device: torch.device, augment: Augment | None 
         batch: images a step.
         device: where the batches go.
         augment: applied to each batch on the device.
+        classes: of the network: a label beyond them is refused, at once where all labels are at hand.
 
     Raises:
         InputError: data of another kind, or images and labels that break the rules of `check_batch`.
     """
     if isinstance(data, DataLoader):
-        return _Loader(data, device, augment)
-    if isinstance(data, ImageSet):
-        return _InMemory(data, batch, device, augment)
-    if isinstance(data, Dataset) and not _is_pair(data):
-        return _Items(data, batch, device, augment)
-    return _InMemory(as_set(data), batch, device, augment)
+        return _Loader(data, device, augment, classes)
+    if isinstance(data, Dataset) and not isinstance(data, ImageSet):
+        return _Items(data, batch, device, augment, classes)
+    images = as_set(data)
+    if classes is not None:
+        check_labels(images.labels, len(images), classes)
+    return _InMemory(images, batch, device, augment)
 
 
 def as_set(data: Any) -> ImageSet:

@@ -72,7 +72,8 @@ def three_term_loss(
 ) -> Tensor:
     """clean * CE(x) + attacked * CE(x_adv) + weight * CE(worst case of k samples): the loss of one batch, a scalar.
 
-    With an interval share, that part of the weight goes to the worst case of all samples by intervals. Terms of weight 0 are not computed. A ball of radius 0 leaves the clean term alone, with the weight of all three.
+    With an interval share, that part of the weight goes to the worst case of all samples by intervals. Terms of weight
+    0 are not computed. A ball of radius 0 leaves the clean term alone, with the weight of all three.
 
     Args:
         net: in training mode; returns logits or a tuple of them.
