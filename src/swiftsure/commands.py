@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from jsonargparse import Namespace
 from swiftsure import certificates, data, evaluation, recipe_file, run
 from swiftsure import demo as demonstration
 from swiftsure import report as pages
+from swiftsure.errors import InputError
 from swiftsure.evaluation import Measured
 
 
@@ -27,7 +27,6 @@ def train(options: Namespace) -> None:
             device=options.device,
             data_root=options.data,
             model=options.model,
-            on_epoch=None if sys.stderr.isatty() else print_epoch,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_resume(folder, options)) from None
@@ -66,7 +65,17 @@ def recheck(options: Namespace) -> None:
         model=options.model,
         data_root=options.data,
     )
+    labels = subject.images.labels.to(stated.certificate.label.device)
+    if not bool((stated.certificate.label == labels).all()):
+        raise InputError(f"{options.run} holds certificates for other labels than the test set's")
     found = certificates.recheck(subject.net, subject.folder, subject.images)
+    verified = subject.results["verified"]
+    if verified and verified["n"] == found.n and verified["ball"] == subject.ball.as_dict():
+        count = round(verified["accuracy"] * found.n)
+        if count != found.certified:
+            raise InputError(
+                f"results.json states {count} verified samples, the certificates {found.certified}"
+            )
     print(
         f"{found.certified} of {found.n} samples are certified, and proven again; "
         f"margins differ by at most {found.largest_difference:.2g} ({found.seconds:.1f} s)"
@@ -80,7 +89,7 @@ def report(options: Namespace) -> None:
 
 def demo(options: Namespace) -> None:
     """swiftsure demo."""
-    done, measured = demonstration.demo(options.out, on_epoch=None if sys.stderr.isatty() else print_epoch)
+    done, measured = demonstration.demo(options.out)
     print_trained(done)
     print_measured(measured)
 
@@ -100,25 +109,6 @@ def data_path(options: Namespace) -> None:
 def data_fetch(options: Namespace) -> None:
     """swiftsure data fetch."""
     print(data.fetch(options.name, options.data))
-
-
-def print_epoch(records: list[dict[str, Any]]) -> None:
-    """One line an epoch, for logs; on a terminal a bar shows the same."""
-    last = records[-1]
-    figures = " ".join(
-        f"{name} {100 * last[key]:.1f}"
-        for name, key in (
-            ("clean", "clean_accuracy"),
-            ("attacked", "robust_accuracy"),
-            ("verified", "verified_accuracy"),
-        )
-        if last[key] is not None
-    )
-    print(
-        f"epoch {last['epoch']}: eps {last['eps']:.4g} weight {last['weight']:.3g} loss {last['loss']:.4f}  "
-        f"validation: {figures}  ({last['seconds']:.1f} s)",
-        flush=True,
-    )
 
 
 def print_trained(done: run.Trained) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +19,11 @@ NAME = "demo"
 """What the runs of this command are called: only such a run is ever replaced."""
 
 
-def demo(
-    folder: str | Path = "runs/demo", on_epoch: Callable[[list[dict[str, Any]]], None] | None = None
-) -> tuple[run.Trained, Measured]:
+def demo(folder: str | Path = "runs/demo") -> tuple[run.Trained, Measured]:
     """Train the recipe of the demonstration, evaluate it and draw its page.
 
     Args:
         folder: a new or empty folder, or an earlier demonstration, which is replaced.
-        on_epoch: called after each epoch with all lines of the log so far.
 
     Raises:
         InputError: the folder holds something else, or cannot be written.
@@ -42,7 +38,7 @@ def demo(
             f"{folder} holds something other than a demonstration; choose a new folder with --out"
         )
     with _one_thread():
-        done = run.train(recipe, folder, device="cpu", on_epoch=on_epoch)
+        done = run.train(recipe, folder, device="cpu")
         return done, evaluation.evaluate_run(folder, device="cpu")
 
 

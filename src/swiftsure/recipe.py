@@ -192,6 +192,10 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _require(self.rate > 0, f"optimizer.rate is {self.rate}; allowed: above 0")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; allowed: >= 0")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; allowed: 0 to below 1")
+        _require(self.decay_factor > 0, f"optimizer.decay_factor is {self.decay_factor}; allowed: above 0")
+        _require(self.decay_from >= 0, f"optimizer.decay_from is {self.decay_from}; allowed: an epoch >= 0")
         _require(
             self.clip is None or self.clip > 0, f"optimizer.clip is {self.clip}; allowed: above 0, or null"
         )
@@ -237,6 +241,10 @@ class Schedule:
             self.warmup + self.ramp <= self.epochs,
             f"schedule.warmup + ramp is {self.warmup + self.ramp} epochs, more than all {self.epochs}",
         )
+        _require(
+            self.shape != "epoch" or self.ramp == 0 or self.warmup + self.ramp < self.epochs,
+            "schedule.shape epoch reaches the full radius an epoch after the ramp; warmup + ramp must be below epochs",
+        )
         _require(self.eps_factor > 0, f"schedule.eps_factor is {self.eps_factor}; allowed: above 0")
 
 
@@ -251,7 +259,7 @@ class Evaluation:
     """
 
     suite: Literal["quick", "standard", "full"] = "quick"
-    method: str = "auto"
+    method: Literal["auto", "interval", "symbolic"] = "auto"
     limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -288,6 +296,10 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluate: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        # fit draws each epoch from seed * 1,000,003 + epoch, which must fit a generator's 64 bits.
+        _require(0 <= self.seed < 1 << 40, f"seed is {self.seed}; allowed: 0 to {(1 << 40) - 1}")
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for YAML or JSON."""

@@ -69,7 +69,6 @@ def train(
     device: str = "auto",
     data_root: str | Path | None = None,
     model: str | None = None,
-    on_epoch: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Trained:
     """Train a recipe into a run directory, and leave there all that is needed to measure or repeat it.
 
@@ -83,7 +82,6 @@ def train(
         device: "auto" (an accelerator if there is one) or a torch device.
         data_root: where the data sets lie; see `swiftsure.data.data_root`.
         model: "package.module:function", a builder to use in place of a registered name.
-        on_epoch: called after each epoch with all lines of the log so far.
 
     Raises:
         InputError: a folder with something in it, another recipe to resume with, unusable data, network, device
@@ -106,15 +104,14 @@ def train(
         net = build_from(model, recipe.model.options)
     augment = _augment(recipe.data)
     _check_match(net, parts.train, augment)
-    if recipe.model.warm_start is not None and not resume:
+    # A run that was killed before its first epoch was kept starts again from the beginning.
+    if recipe.model.warm_start is not None and not (resume and (folder / STATE / state.NAME).exists()):
         source = Path(recipe.model.warm_start) / WEIGHTS
         models.load_state(net, models.read_weights(source), source)
     undo = _write_first(folder, recipe)
 
     def keep_log(records: list[dict[str, Any]]) -> None:
         _write_log(folder, records)
-        if on_epoch is not None:
-            on_epoch(records)
 
     try:
         history = fit(
@@ -132,7 +129,8 @@ def train(
             resume=resume,
             on_epoch=keep_log,
         )
-    except InputError:
+    except Exception:
+        # Whatever went wrong before the first epoch was kept, the folder is as it was found.
         if not (folder / STATE).exists():
             undo()
         raise

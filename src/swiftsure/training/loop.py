@@ -81,13 +81,17 @@ def fit(
         InputError: unusable data, a network without bound rules where a proven term is asked for, a state of other
             settings, or a loss that is not finite.
     """
-    loss, ball = loss or Loss(), ball or Ball(0.1)
+    loss, ball = loss or Loss(), Ball(0.1) if ball is None else ball
+    if not isinstance(ball, Ball):
+        raise InputError(f"ball is {ball!r}; allowed: a Ball such as Ball(eps=0.1)")
     optimizer, schedule = optimizer or Optimizer(), schedule or Schedule()
     device = torch.device(device) if device is not None else next(net.parameters()).device
     net.to(device)
     held_out = as_set(val)
     classes = _check_fit(net, held_out, loss, device)
     batches = source(train, schedule.batch, device, augment, classes)
+    if batches.shape is not None and batches.shape != held_out.shape:
+        raise InputError(f"training images have shape {batches.shape}, validation images {held_out.shape}")
 
     descent = _build(optimizer, net)
     mixing = controller(loss.mixing, schedule)
@@ -99,7 +103,10 @@ def fit(
         done = states.restore(Path(state_folder), net, descent, settings) or done
         mixing.state.update(done.controller)
 
-    with Meter(schedule.epochs, batches.steps, done.epoch, progress) as meter:
+    with (
+        Meter(schedule.epochs, batches.steps, done.epoch, progress) as meter,
+        torch.random.fork_rng(devices=[]),
+    ):
         for epoch in range(done.epoch + 1, schedule.epochs + 1):
             started = time.perf_counter()
             last = done.records[-1] if done.records else {"clean_accuracy": None, "verified_accuracy": None}
@@ -172,6 +179,11 @@ def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.devic
         How many classes the network has.
     """
     x, _ = images.batch(slice(0, 2), device)
+    weights = next(net.parameters())
+    if weights.dtype != x.dtype:
+        raise InputError(
+            f"the network's weights are {weights.dtype}; training needs {x.dtype}, as images are"
+        )
     config = getattr(net, "config", None)
     check_batch(x, shape=tuple(config["input_shape"]) if isinstance(config, dict) else None)
     if loss.proven:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
@@ -21,6 +21,8 @@ class Source(Protocol):
 
     steps: int
     """How many batches an epoch has."""
+    shape: tuple[int, int, int] | None
+    """(channels, height, width) where it is known before the first batch."""
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y) batches: float32 (batch, channels, height, width) in [0, 1] and int64 (batch,), on the device."""
@@ -30,6 +32,7 @@ class _InMemory:
     def __init__(self, images: ImageSet, batch: int, device: torch.device, augment: Augment | None) -> None:
         self.images, self.batch, self.device, self.augment = images, min(batch, len(images)), device, augment
         self.steps = len(images) // self.batch
+        self.shape: tuple[int, int, int] | None = images.shape
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in _order(len(self.images), self.steps, self.batch, generator):
@@ -45,6 +48,7 @@ class _Loader:
     ) -> None:
         self.loader, self.device, self.augment, self.classes = loader, device, augment, classes
         self.steps = len(loader)
+        self.shape: tuple[int, int, int] | None = None
         if not self.steps:
             raise InputError("the DataLoader has no batch; check its data set, batch_size and drop_last")
 
@@ -73,6 +77,7 @@ class _Items:
             raise InputError("the Dataset is empty")
         self.batch = min(batch, self.count)
         self.steps = self.count // self.batch
+        self.shape: tuple[int, int, int] | None = None
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in _order(self.count, self.steps, self.batch, generator):
@@ -104,6 +109,7 @@ def source(
     Raises:
         InputError: data of another kind, or images and labels that break the rules of `check_batch`.
     """
+    _require_length(data)
     if isinstance(data, DataLoader):
         return _Loader(data, device, augment, classes)
     if isinstance(data, Dataset) and not isinstance(data, ImageSet):
@@ -133,11 +139,21 @@ def as_set(data: Any) -> ImageSet:
             raise InputError("the DataLoader has no batch; check its data set, batch_size and drop_last")
         return ImageSet.from_tensors(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))
     if isinstance(data, Dataset):
+        _require_length(data)
+        if not len(data):  # type: ignore[arg-type]
+            raise InputError("the Dataset is empty")
         return ImageSet.from_tensors(*_collate(data, range(len(data))))  # type: ignore[arg-type]
     raise InputError(
         f"data of type {type(data).__name__} cannot be used; allowed: (images, labels) tensors, a Dataset of "
         "(image, label), or a DataLoader"
     )
+
+
+def _require_length(data: Any) -> None:
+    """An epoch needs an end: streams have none that is known."""
+    items = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(items, IterableDataset) and not hasattr(items, "__len__"):
+        raise InputError(f"{type(items).__name__} is a stream of unknown length; allowed: data with a len()")
 
 
 def _is_pair(data: Any) -> bool:

@@ -152,7 +152,10 @@ def mixtrain_loss(
         >>> loss = mixtrain_loss(net, x, y, Ball(0.1), k=1, weight=0.5)
         >>> loss.backward()
     """
-    check_batch(x, y)
+    if k is not None and not isinstance(k, int):
+        raise InputError(f"k is {k!r}; allowed: an integer >= 1, or None for all samples")
+    check_batch(x)
+    check_batch(x, y, class_count(trace(net, x)))
     y = y.long()
     if not weight >= 0 or weight == float("inf"):
         raise InputError(f"weight is {weight}; allowed: a finite number >= 0")
