@@ -37,6 +37,7 @@ from swiftsure.errors import InputError
 from swiftsure.models.storage import CONFIG, WEIGHTS
 from swiftsure.recipe import DataChoice, Recipe
 from swiftsure.training import History, fit
+from swiftsure.training.state import NAME as STATE_FILE
 
 RECIPE, LOG, STATE = "recipe.yaml", "log.jsonl", "state"
 FILES = (
@@ -105,7 +106,7 @@ def train(
     augment = _augment(recipe.data)
     _check_match(net, parts.train, augment)
     # A run that was killed before its first epoch was kept starts again from the beginning.
-    if recipe.model.warm_start is not None and not (resume and (folder / STATE / state.NAME).exists()):
+    if recipe.model.warm_start is not None and not (resume and (folder / STATE / STATE_FILE).exists()):
         source = Path(recipe.model.warm_start) / WEIGHTS
         models.load_state(net, models.read_weights(source), source)
     undo = _write_first(folder, recipe)
