@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from swiftsure.ball import Ball
 from swiftsure.bounds import margins
@@ -165,11 +165,16 @@ def test_mixtrain_loss_in_a_loop_of_ones_own(digits):
         ({"weight": math.nan}, "weight is nan"),
         ({"method": "magic"}, "unknown bound method 'magic'"),
         ({"k": 0}, "loss.k is 0"),
+        ({"k": 1.5}, "k is 1.5"),
+        ({"y": torch.tensor([0, 10])}, "label"),
+        ({"x": torch.rand(2, 1, 8, 8, dtype=torch.float64)}, "float64"),
     ],
 )
 def test_mixtrain_loss_refuses_what_makes_no_sense(changes, words):
     with pytest.raises(InputError, match=words):
-        mixtrain_loss(small(), torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), Ball(0.1), **changes)
+        mixtrain_loss(
+            small(), **{"x": torch.rand(2, 1, 8, 8), "y": torch.tensor([0, 1]), "ball": Ball(0.1), **changes}
+        )
 
 
 # ---- batches
@@ -347,6 +352,46 @@ def test_labels_or_images_that_do_not_fit_the_network_are_found_before_training(
         fit(three, digits.train, digits.val, schedule=short())
     with pytest.raises(InputError, match="shape"):
         fit(build("mnist_small"), digits.train, digits.val, schedule=short())
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.rand(1, 8, 8), 0
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "changes", "words"),
+    [
+        ("digits", (torch.rand(4, 1, 9, 9), torch.zeros(4).long()), {}, "shape"),
+        ((torch.rand(4, 1, 9, 9), torch.zeros(4).long()), "digits", {}, "shape"),
+        ((torch.rand(4, 1, 8, 8), torch.full((4,), 10)), "digits", {}, "label"),
+        (DataLoader(TensorDataset(torch.rand(4, 1, 8, 8), torch.full((4,), 10))), "digits", {}, "label"),
+        ("digits", TensorDataset(torch.rand(0, 1, 8, 8), torch.zeros(0).long()), {}, "empty"),
+        (Endless(), "digits", {}, "stream"),
+        (DataLoader(Endless()), "digits", {}, "stream"),
+        ("digits", "digits", {"ball": "0.1"}, "ball is '0.1'"),
+        ("digits", "digits", {"double": True}, "float64"),
+    ],
+)
+@pytest.mark.parametrize("proven", [True, False])
+def test_fit_refuses_what_it_cannot_train_on_in_one_line(digits, train, val, changes, words, proven):
+    parts = [
+        getattr(digits, name) if isinstance(part, str) else part
+        for name, part in (("train", train), ("val", val))
+    ]
+    net, changes = small(), dict(changes)
+    if changes.pop("double", False):
+        net.double()
+    with pytest.raises(InputError, match=words) as caught:
+        fit(net, *parts, loss=Loss(proven=proven), schedule=short(), **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_fit_leaves_the_global_generator_as_it_was(digits):
+    net = small()
+    state = torch.get_rng_state()
+    fit(net, digits.train, digits.val, loss=Loss(proven=False), schedule=short())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_training_works_on_a_tensor_pair_of_two_classes():

@@ -189,8 +189,12 @@ def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.devic
     if loss.proven:
         classes = class_count(trace(net, x))
     else:
-        with evaluating(net), torch.no_grad():
-            logits = net(x)
+        try:
+            with evaluating(net), torch.no_grad():
+                logits = net(x)
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            raise InputError(f"the network does not take images of shape {images.shape}: {line}") from None
         classes = (logits if isinstance(logits, Tensor) else logits[-1]).shape[1]
     check_labels(images.labels, len(images), classes)
     return classes
