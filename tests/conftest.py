@@ -1,9 +1,16 @@
 """Tests marked ``real_data("mnist")`` run where that set is found, and are skipped by its name elsewhere."""
 
+import os
+
 import pytest
+import torch
 
 from swiftsure import data
 from swiftsure.errors import InputError
+
+# Resumed trainings are the same bit for bit on one thread; the small networks here are also quicker on one.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
