@@ -19,6 +19,8 @@ PARAMETERS = {
     "cifar_resnet": 1_145_410,
     "imagenet200_resnet": 739_720,
     "digits_small": 41_866,
+    "cnn7": 17_192_650,
+    "cnn5": 4_400_074,
 }
 
 
@@ -37,16 +39,15 @@ def test_all_registered_networks_of_the_package_are_counted():
     assert set(PARAMETERS) <= set(ss.models.names())
 
 
-def test_layers_of_the_small_and_the_residual_network():
-    def shapes(net):
-        return [
-            (*m.weight.shape, m.stride[0], m.padding[0])
-            if isinstance(m, nn.Conv2d)
-            else tuple(m.weight.shape)
-            for m in net.modules()
-            if isinstance(m, nn.Conv2d | nn.Linear)
-        ]
+def shapes(net):
+    return [
+        (*m.weight.shape, m.stride[0], m.padding[0]) if isinstance(m, nn.Conv2d) else tuple(m.weight.shape)
+        for m in net.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
 
+
+def test_layers_of_the_small_and_the_residual_network():
     assert shapes(ss.models.build("mnist_small")) == [
         (16, 1, 4, 4, 2, 1), (32, 16, 4, 4, 2, 1), (100, 1568), (10, 100),
     ]  # fmt: skip
@@ -58,6 +59,43 @@ def test_layers_of_the_small_and_the_residual_network():
         (64, 32, 4, 4, 2, 1), (64, 64, 3, 3, 1, 1), (64, 32, 2, 2, 2, 0),
         (1000, 1024), (10, 1000),
     ]  # fmt: skip
+
+
+def test_layers_of_the_networks_of_certified_training():
+    net = ss.models.build("cnn7")
+    assert shapes(net) == [
+        (64, 3, 3, 3, 1, 1), (64, 64, 3, 3, 1, 1), (128, 64, 3, 3, 2, 1), (128, 128, 3, 3, 1, 1),
+        (128, 128, 3, 3, 1, 1), (512, 32768), (10, 512),
+    ]  # fmt: skip
+    kinds = [type(m).__name__ for m in net]
+    assert kinds[:4] == ["Normalize", "Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds[1:16] == kinds[1:4] * 5
+    assert kinds[16:] == ["Flatten", "Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert shapes(ss.models.build("cnn5", input_shape=[1, 28, 28], classes=3)) == [
+        (64, 1, 3, 3, 1, 1), (64, 64, 4, 4, 2, 1), (128, 64, 4, 4, 2, 1), (512, 6272), (3, 512),
+    ]  # fmt: skip
+
+
+def test_networks_of_certified_training_take_other_images(tmp_path):
+    net = ss.models.build("cnn7", input_shape=[1, 28, 28], classes=4).eval()
+    # The layer table for 1x28x28: 640 + 36,928 + 73,856 + 2 * 147,584; 128 * 14 * 14 * 512 + 512; 2,052; 2,048.
+    assert sum(p.numel() for p in net.parameters()) == 13_256_260
+    ss.models.save(net, tmp_path)
+    again, x = ss.load(tmp_path), torch.rand(1, 1, 28, 28)
+    assert again.config == net.config
+    assert torch.equal(again(x), net(x))
+    for shape in ([2, 32, 32], [3, 30, 32], [3, 32], [1, 4, 4]):
+        with pytest.raises(InputError, match="allowed: \\[1 or 3, height, width\\]"):
+            ss.models.build("cnn5", input_shape=shape)
+
+
+def test_weights_of_the_networks_of_certified_training_keep_intervals_as_wide():
+    torch.manual_seed(0)
+    net = ss.models.build("cnn5")
+    for layer in (m for m in net if isinstance(m, nn.Conv2d | nn.Linear)):
+        rows = layer.weight.flatten(1).abs().sum(1).mean().item()
+        # PyTorch's own draw of the last layer gives sqrt(512) / 2.
+        assert rows == pytest.approx(11.3 if layer is net[-1] else 2.0, rel=0.05)
 
 
 def test_convolutions_start_with_the_papers_variance():

@@ -1,5 +1,6 @@
 """The papers' networks by name, and networks on disk."""
 
+from swiftsure.models import certified as _certified  # noqa: F401  (registers its networks)
 from swiftsure.models import mixtrain as _mixtrain  # noqa: F401  (registers its networks)
 from swiftsure.models.layers import Normalize, ResidualBlock
 from swiftsure.models.registry import build, names, register
