@@ -98,7 +98,16 @@ _MODEL = _argument(
     help="your builder of the network, for one that no name is registered for",
 )
 _SUITE = _argument("--suite", metavar="NAME", help="quick, standard or full (default: the recipe's)")
-_METHOD = _argument("--method", metavar="NAME", help="interval, symbolic or auto (default: the recipe's)")
+_METHOD = _argument(
+    "--method",
+    metavar="NAME",
+    help="interval, crown-ibp, symbolic, crown, alpha-crown, or auto: all in turn (default: the recipe's)",
+)
+_MEMORY = _argument(
+    "--memory",
+    metavar="SIZE",
+    help='what bounds may hold at once, such as 4GB (default: half of what is free, at most 1GiB)',
+)
 _MEASURED = (
     _RUN,
     _argument(
@@ -152,7 +161,7 @@ COMMANDS = {
         "Measure",
         "attack, certify and measure on the same images, then write the page",
         "swiftsure evaluate runs/demo --limit 1000",
-        (*_MEASURED, _SUITE, _METHOD),
+        (*_MEASURED, _SUITE, _METHOD, _MEMORY),
     ),
     "attack": Command(
         "Measure",
@@ -164,7 +173,7 @@ COMMANDS = {
         "Measure",
         "the accuracy that is proven, and a certificate for each image",
         "swiftsure certify runs/demo --method symbolic",
-        (*_MEASURED, _METHOD),
+        (*_MEASURED, _METHOD, _MEMORY),
     ),
     "measure": Command(
         "Measure",
@@ -176,7 +185,7 @@ COMMANDS = {
         "Measure",
         "compute the certificates of a run again and compare",
         "swiftsure recheck runs/demo",
-        (_RUN, _DEVICE, _DATA, _MODEL),
+        (_RUN, _DEVICE, _DATA, _MODEL, _MEMORY),
     ),
     "report": Command(
         "Report",

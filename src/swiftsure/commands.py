@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jsonargparse import Namespace
 from swiftsure import certificates, data, evaluation, recipe_file, run
 from swiftsure import demo as demonstration
 from swiftsure import report as pages
+from swiftsure.bounds import memory
 from swiftsure.errors import InputError
 from swiftsure.evaluation import Measured
 
@@ -35,9 +37,11 @@ def train(options: Namespace) -> None:
 
 def evaluate(options: Namespace) -> None:
     """swiftsure evaluate."""
-    print_measured(
-        evaluation.evaluate_run(options.run, suite=options.suite, method=options.method, **_choice(options))
-    )
+    with _memory(options):
+        measured = evaluation.evaluate_run(
+            options.run, suite=options.suite, method=options.method, **_choice(options)
+        )
+    print_measured(measured)
 
 
 def attack(options: Namespace) -> None:
@@ -47,7 +51,9 @@ def attack(options: Namespace) -> None:
 
 def certify(options: Namespace) -> None:
     """swiftsure certify."""
-    print_measured(evaluation.certify_run(options.run, method=options.method, **_choice(options)), "verified")
+    with _memory(options):
+        measured = evaluation.certify_run(options.run, method=options.method, **_choice(options))
+    print_measured(measured, "verified")
 
 
 def measure(options: Namespace) -> None:
@@ -68,7 +74,8 @@ def recheck(options: Namespace) -> None:
     labels = subject.images.labels.to(stated.certificate.label.device)
     if not bool((stated.certificate.label == labels).all()):
         raise InputError(f"{options.run} holds certificates for other labels than the test set's")
-    found = certificates.recheck(subject.net, subject.folder, subject.images)
+    with _memory(options):
+        found = certificates.recheck(subject.net, subject.folder, subject.images)
     verified = subject.results["verified"]
     if verified and verified["n"] == found.n and verified["ball"] == subject.ball.as_dict():
         count = round(verified["accuracy"] * found.n)
@@ -158,6 +165,11 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:6.2f}%"
+
+
+def _memory(options: Namespace) -> AbstractContextManager[None]:
+    """The limit of memory for bounds that was asked for, if any."""
+    return memory.limited(None if options.memory is None else memory.parse(options.memory))
 
 
 def _choice(options: Namespace) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any)
 
     Args:
         folder: a run directory.
-        method: "interval", "symbolic" or "auto" (cheap first); None: the recipe's.
+        method: a technique of `swiftsure.bounds`, or "auto" (cheap ones first); None: the recipe's.
         choice: limit, eps, device, model and data_root, as `open_subject` takes them.
 
     Raises:

@@ -133,7 +133,7 @@ class Loss:
         clean: weight of the clean term; null for what the other two leave of 1 (at least 0).
         attacked: weight of the attacked term; 0 to do without an attack.
         proven: whether there is a proven term.
-        bound: the technique that bounds the worst case; "best" takes for each margin the tighter of both.
+        bound: the technique that bounds the worst case; "best": the tighter of interval and symbolic at each margin.
         k: samples of each batch that are bounded, drawn anew without replacement; null for all of them
             (stochastic robust approximation).
         interval_share: share of the proven weight that goes to intervals on the whole batch, in [0, 1]; the rest
@@ -146,7 +146,7 @@ class Loss:
     clean: float | None = 1.0
     attacked: float = 0.0
     proven: bool = True
-    bound: Literal["interval", "symbolic", "best"] = "symbolic"
+    bound: Literal["interval", "crown-ibp", "symbolic", "crown", "best"] = "symbolic"
     k: int | None = 1
     interval_share: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
@@ -254,12 +254,12 @@ class Evaluation:
 
     Args:
         suite: the attacks (quick, standard or full).
-        method: interval, symbolic, or auto (cheap first).
+        method: a bound technique, or auto (cheap ones first).
         limit: the first so many test images; null for all.
     """
 
     suite: Literal["quick", "standard", "full"] = "quick"
-    method: Literal["auto", "interval", "symbolic"] = "auto"
+    method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown", "alpha-crown"] = "auto"
     limit: int | None = None
 
     def __post_init__(self) -> None:

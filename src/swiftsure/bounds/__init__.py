@@ -1,33 +1,65 @@
 """Sound bounds of a traced network over a ball.
 
-Every technique has one signature, ``technique(graph, region, spec) -> [(lower, upper) per output]``.
+Every technique has one signature, ``technique(graph, region, spec, upper=True) -> [(lower, upper) per output]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from swiftsure.ball import Ball
+from swiftsure.bounds import memory
+from swiftsure.bounds._alpha import alpha_crown
+from swiftsure.bounds._crown import crown, crown_ibp
 from swiftsure.bounds._interval import interval
 from swiftsure.bounds._symbolic import symbolic
-from swiftsure.bounds.graph import Graph, trace
+from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
+from swiftsure.bounds.tracing import trace
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 
-Technique = Callable[[Graph, Region, Tensor | None], list[tuple[Tensor, Tensor]]]
 
-TECHNIQUES: dict[str, Technique] = {"interval": interval, "symbolic": symbolic}
+class Technique(Protocol):
+    """Sound bounds of a network's outputs, or of linear functions of them."""
+
+    def __call__(
+        self, graph: Graph, region: Region, spec: Tensor | None = None, *, upper: bool = True
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each output (lower, upper), (batch, functions) or (batch, classes) each.
+
+        Args:
+            graph: the traced network.
+            region: the inputs to bound over.
+            spec: (batch, functions, classes), rows of linear functions of the logits; None for the logits themselves.
+            upper: whether upper bounds are wanted; they may be infinite where not.
+        """
+
+
+TECHNIQUES: dict[str, Technique] = {
+    "interval": interval,
+    "crown-ibp": crown_ibp,
+    "symbolic": symbolic,
+    "crown": crown,
+    "alpha-crown": alpha_crown,
+}
+"""By name, in the order of their cost."""
 
 __all__ = [
     "TECHNIQUES",
     "Graph",
     "Region",
+    "Technique",
+    "alpha_crown",
+    "crown",
+    "crown_ibp",
     "interval",
+    "lower_margins",
     "margins",
+    "memory",
     "output_bounds",
     "symbolic",
     "technique",
@@ -60,7 +92,7 @@ def margins(
         x: images (batch, channels, height, width) in [0, 1].
         y: labels (batch,), integers.
         ball: the threat model.
-        method: "interval" or "symbolic".
+        method: a name of `TECHNIQUES`.
 
     Returns:
         (batch, classes), entry y being exactly 0; or a tuple of K. A sample is proven where all other entries are
@@ -74,8 +106,8 @@ def margins(
     graph = trace(net, x)
     classes = class_count(graph)
     check_batch(x, y, classes=classes)
-    lower = tuple(low for low, _ in bound(graph, Region(x, ball), margin_spec(y, classes, x.dtype)))
-    return lower[0] if graph.single else lower
+    lower = lower_margins(bound, graph, Region(x, ball), y)
+    return lower[0] if graph.single else tuple(lower)
 
 
 def output_bounds(
@@ -92,10 +124,17 @@ def output_bounds(
     return pairs[0] if graph.single else pairs
 
 
-def margin_spec(y: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """The linear functions z_y - z_j of the logits: (batch, classes, classes), row y all zero."""
-    identity = torch.eye(classes, dtype=dtype, device=y.device)
-    return identity[y.long()][:, None, :] - identity
+def lower_margins(bound: Technique, graph: Graph, region: Region, y: Tensor) -> list[Tensor]:
+    """Lower bounds of z_y - z_j by a technique, for each output: (batch, classes), entry y being exactly 0."""
+    classes = class_count(graph)
+    y = y.long()
+    # The true class asks for nothing: one row in ten less.
+    others = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
+    others = others + (others >= y[:, None])
+    identity = torch.eye(classes, dtype=region.x.dtype, device=y.device)
+    spec = identity[y][:, None] - identity[others]
+    zero = region.x.new_zeros(len(y), classes)
+    return [zero.scatter(1, others, low) for low, _ in bound(graph, region, spec, upper=False)]
 
 
 def class_count(graph: Graph) -> int:

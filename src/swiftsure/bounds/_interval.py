@@ -27,19 +27,22 @@ class Intervals:
             if i in self._known:
                 continue
             node = self.graph.nodes[i]
+            operation = node.operation
             inputs = [self._known[j] for j in node.inputs]
-            if isinstance(node.operation, ops.Relu):
+            if isinstance(operation, ops.Bent | ops.MaxPool2d):
                 (center, radius) = inputs[0]
-                upper, lower = (center + radius).relu(), (center - radius).relu()
+                lower, upper = operation.range(center - radius, center + radius)
                 self._known[i] = (upper + lower) / 2, (upper - lower) / 2
             else:
-                assert not isinstance(node.operation, ops.Input)
+                assert not isinstance(operation, ops.Input)
                 centers, radii = zip(*inputs, strict=True)
-                self._known[i] = node.operation.value(*centers), node.operation.radius(*radii)
+                self._known[i] = operation.value(*centers), operation.radius(*radii)
         return self._known[index]
 
 
-def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+def interval(
+    graph: Graph, region: Region, spec: Tensor | None = None, *, upper: bool = True
+) -> list[tuple[Tensor, Tensor]]:
     """Interval bounds of each output, or of linear functions of it.
 
     Args:
@@ -47,6 +50,7 @@ def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
         region: the inputs to bound over.
         spec: (batch, functions, classes): rows of linear functions of the logits, merged into the last linear layer;
             None for the logits themselves.
+        upper: whether upper bounds are wanted (here they cost nothing).
 
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
@@ -55,14 +59,14 @@ def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
     bounds = []
     for output in graph.outputs:
         node = graph.nodes[output]
+        operation = node.operation
         if spec is None:
             center, radius = known[output]
-        elif isinstance(node.operation, ops.Linear):
-            layer = node.operation.module
+        elif isinstance(operation, ops.Linear):
             center, radius = known[node.inputs[0]]
-            merged = spec @ layer.weight
+            merged = spec @ operation.weight
             radius = (merged.abs() @ radius[..., None])[..., 0]
-            center = (spec @ layer(center)[..., None])[..., 0]
+            center = (spec @ operation.value(center)[..., None])[..., 0]
         else:
             center, radius = (
                 (matrix @ part[..., None])[..., 0]
@@ -70,10 +74,3 @@ def interval(graph: Graph, region: Region, spec: Tensor | None = None) -> list[t
             )
         bounds.append((center - radius, center + radius))
     return bounds
-
-
-def stable(center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Which units are always on, and which are not proven to be always on or always off: bool, shaped like centre."""
-    active = center >= radius
-    # Written so that NaN is not stable.
-    return active, ~active & ~(center <= -radius)

@@ -55,7 +55,7 @@ class Region:
         if self.ball.norm == "inf":
             reach = rows.weigh(self.box_radius)
             return reach, reach
-        rows = rows.inside()
+        rows = rows.inside().spread()
         flat = rows.values.flatten(1)
         length = flat.norm(dim=1) if self.ball.norm == "2" else flat.abs().amax(1)
         rise, fall = rows.gather(self.upper - self.x), rows.gather(self.x - self.lower)

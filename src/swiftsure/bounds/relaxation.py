@@ -1,8 +1,19 @@
-"""A ReLU over known pre-activation bounds as a linear map with an error: s z + mu, plus or minus mu."""
+"""A ReLU, another activation or a max pooling between two lines, as backward substitution passes through it.
+
+Each output z' of a unit with input z, c the input's value at the centre, lies between two lines,
+
+    c' + s_low (z - c) + gap_low  <=  z'  <=  c' + s_up (z - c) + gap_up,
+
+where c' = slope * c + lift is what the *reference* line makes of the centre. A row with coefficient a on z' becomes
+a s_low on z and loses a gap_low where a > 0, and a s_up, a gap_up where a < 0, if a lower bound is wanted. Biases and
+intercepts all live in the centres, which go forward once; what rows still add up is gaps, and those are 0 at units
+where the activation is a straight line. So a row's way back costs one product, and a few sums at bent units.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,59 +22,118 @@ from torch.autograd.function import once_differentiable
 
 from swiftsure.bounds.rows import Rows
 
+DENSE_SHARE = 0.2
+"""From this share of bent units on, whole fields are multiplied rather than single entries picked."""
+
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Slopes s and errors mu of a ReLU's units; for a stable unit mu is 0 and s is 0 or 1.
+    """Two lines around each unit of an activation.
 
-    `slope` and `error` hold every unit of the batch and follow gradients: centres pass through them. Rows pass through
-    `transpose`, which keeps the gradient to the few unstable units and leaves the many stable ones out of it.
+    Lines of single units are given for those that bend; the others follow `slope` and `lift`. All four line tensors
+    are (units,), or (functions, units) where each asked function has slopes of its own.
     """
 
     slope: Tensor
-    """(batch, *shape)."""
-    error: Tensor
-    """mu, (batch, *shape): both the lift of the centre and the size of the unit's error symbol."""
+    """Slope of the reference line, (batch, *shape); at bent units any line near the two others."""
+    lift: Tensor | None
+    """Intercept of the reference line, (batch, *shape); None: 0 everywhere."""
     unit: Tensor
-    """(units,): flat index of the unstable units into the batch, increasing."""
-    unit_slope: Tensor
-    unit_error: Tensor
+    """(units,): flat index of the bent units into the batch, increasing."""
+    low_slope: Tensor
+    low_gap: Tensor
+    up_slope: Tensor
+    up_gap: Tensor
+    parallel: bool
+    """Whether both lines have one slope and equal gaps, so that one row serves both of its sides."""
 
     @classmethod
-    def stable(cls, active: Tensor, dtype: torch.dtype) -> Relaxation:
-        """All units stable: (batch, *shape) bool says which are on."""
-        slope = active.to(dtype)
+    def of_straight(
+        cls, slope: Tensor, lift: Tensor | None, unit: Tensor, *, parallel: bool = False
+    ) -> Relaxation:
+        """Reference lines alone, of units that do not bend; those in ``unit`` have their lines to come."""
         none = slope.new_empty(0)
-        return cls(
-            slope, torch.zeros_like(slope), torch.empty(0, dtype=torch.int64, device=slope.device), none, none
-        )
+        return cls(slope, lift, unit, none, none, none, none, parallel)
 
-    @classmethod
-    def of(cls, active: Tensor, unit: Tensor, slope: Tensor, error: Tensor) -> Relaxation:
-        """Given slopes and errors of some units; the others are on or off as ``active`` says."""
-        slopes = active.to(slope.dtype).view(-1).index_copy(0, unit, slope).view(active.shape)
-        errors = torch.zeros_like(slopes).view(-1).index_copy(0, unit, error).view(active.shape)
-        return cls(slopes, errors, unit, slope, error)
+    def restricted(self, samples: Tensor, place: Tensor) -> tuple[Relaxation, Tensor]:
+        """The same for some samples; ``place`` (batch,) is each one's new index, or -1. Also a mask of kept units."""
+        size = self.slope[0].numel()
+        sample = place[self.unit // size]
+        kept = sample >= 0
+        low_slope, low_gap = self.low_slope[..., kept], self.low_gap[..., kept]
+        up_slope, up_gap = self.up_slope[..., kept], self.up_gap[..., kept]
+        unit = (sample * size + self.unit % size)[kept]
+        lift = None if self.lift is None else self.lift[samples]
+        some = Relaxation(
+            self.slope[samples], lift, unit, low_slope, low_gap, up_slope, up_gap, self.parallel
+        )
+        return some, kept
+
+    def center(self, center: Tensor) -> Tensor:
+        """The reference line at the inputs' centres: (batch, *shape)."""
+        return self.slope * center if self.lift is None else torch.addcmul(self.lift, self.slope, center)
+
+    @property
+    def errors(self) -> Tensor:
+        """How far the output may lie from the reference line of parallel ones: (batch, *shape)."""
+        return self._fields[3]
 
     def transpose(self, rows: Rows) -> tuple[Rows, Tensor]:
-        """Rows on the ReLU's output as rows on its input, a s, and their errors sum |a| mu: (rows,)."""
+        """Rows on the output as rows on the input, and how much lower the lines let them fall: (rows,), >= 0."""
         rows = rows.spread()
-        slope = rows.gather(self.slope.detach())
         if not len(self.unit):
-            return replace(rows, values=rows.values * slope, spills=False), rows.values.new_zeros(
-                len(rows.values)
-            )
+            return rows.multiply(self.slope.detach()), rows.values.new_zeros(len(rows.values))
+        if len(self.unit) > DENSE_SHARE * self.slope.numel():
+            return self._dense(rows)
         entry, unit = self._entries(rows)
         values = _channels_last(rows.values)
-        scaled, errors = _ThroughRelu.apply(
-            values, _channels_last(slope), entry, unit, self.unit_slope, self.unit_error
-        )
+        shape, size = values.shape, values[:1].numel()
+        if rows.each and rows.window is None:
+            # One slope for all rows of a sample: it need not be copied for each.
+            slope = _channels_last(self.slope.detach()).view(len(self.slope), 1, size)
+            flat = values.view(len(slope), rows.each, size)
+        else:
+            slope, flat = _channels_last(rows.gather(self.slope.detach())).flatten(1), values.view(-1, size)
+        row = entry // max(1, size)
+        if self.parallel:
+            scaled, fall = _Parallel.apply(flat, slope, entry, row, unit, self.low_slope, self.up_gap)
+        else:
+            if self.low_slope.dim() == 2:
+                assert rows.function is not None
+                unit = rows.function[row] * len(self.unit) + unit
+            lines = [line.reshape(-1) for line in (self.low_slope, self.low_gap, self.up_slope, self.up_gap)]
+            scaled, fall = _TwoLines.apply(flat, slope, entry, row, unit, *lines)
+        scaled = scaled.view(shape)
         if rows.values.dim() == 4:
             scaled = scaled.permute(0, 3, 1, 2)
-        return replace(rows, values=scaled, spills=False), errors
+        return replace(rows, values=scaled, spills=False), fall
+
+    def _dense(self, rows: Rows) -> tuple[Rows, Tensor]:
+        """The same by whole fields."""
+        low_slope, low_gap, up_slope, up_gap = self._fields
+        if self.parallel:
+            return rows.multiply(low_slope), rows.weigh(up_gap)
+        positive, negative = rows.values.clamp_min(0), rows.values.clamp_max(0)
+        # Each side is 0 where the other is not.
+        above, below = rows.with_values(positive), rows.with_values(negative)
+        fall = above.multiply(low_gap).values + below.multiply(up_gap).values
+        scaled = above.multiply(low_slope).values + below.multiply(up_slope).values
+        return replace(rows, values=scaled, spills=False), -fall.flatten(1).sum(1)
+
+    @cached_property
+    def _fields(self) -> tuple[Tensor, ...]:
+        """The four line tensors for all units: (batch, *shape), or (functions, batch, *shape)."""
+        flat = self.slope.reshape(-1)
+        bases = (flat, torch.zeros_like(flat), flat, torch.zeros_like(flat))
+        lines = (self.low_slope, self.low_gap, self.up_slope, self.up_gap)
+        fields = []
+        for base, line in zip(bases, lines, strict=True):
+            base = base.expand(*line.shape[:-1], -1)
+            fields.append(base.index_copy(-1, self.unit, line).view(*line.shape[:-1], *self.slope.shape))
+        return tuple(fields)
 
     def _entries(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Which coefficients (flat, channels last) stand on which unstable unit (index into `unit`)."""
+        """Which coefficients (flat, channels last) stand on which bent unit (index into `unit`)."""
         batch, size = len(self.slope), self.slope[0].numel()
         if rows.window is not None:
             number = torch.full((self.slope.numel(),), -1, dtype=torch.int32, device=self.unit.device)
@@ -96,10 +166,10 @@ def _channels_last(values: Tensor) -> Tensor:
     return (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).contiguous()
 
 
-class _ThroughRelu(torch.autograd.Function):
-    """values * slope and sum |value| * error, with gradients to slopes and errors at unstable units only.
+class _Parallel(torch.autograd.Function):
+    """values * slope and sum |value| * gap, with gradients to slopes and gaps at bent units only.
 
-    Written by hand, because of all coefficients only a few in a hundred stand on an unstable unit: autograd would send
+    Written by hand, because of all coefficients only a few in a hundred stand on a bent unit: autograd would send
     the gradient of every slope through index arithmetic of the size of all rows, several times the forward pass.
     """
 
@@ -109,29 +179,78 @@ class _ThroughRelu(torch.autograd.Function):
         values: Tensor,
         slope: Tensor,
         entry: Tensor,
+        row: Tensor,
         unit: Tensor,
         unit_slope: Tensor,
-        unit_error: Tensor,
+        unit_gap: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """values (rows, ...) contiguous, slope broadcastable to it, entry and unit (met,), the last two (units,)."""
+        """values (rows, size) or (samples, rows, size), contiguous, slope broadcastable to it; entry, row and unit
+        (met,); the last two (units,)."""
         met = values.view(-1)[entry]
-        row = entry // values[0].numel()
-        errors = values.new_zeros(len(values)).index_add(0, row, met.abs() * unit_error[unit])
-        ctx.save_for_backward(slope, entry, unit, unit_error, met, row)
+        rows = values.shape[:-1].numel()
+        fall = values.new_zeros(rows).index_add(0, row, met.abs() * unit_gap[unit])
+        ctx.save_for_backward(slope, entry, unit, unit_gap, met, row)
         ctx.units = len(unit_slope)
-        return values * slope, errors
+        return values * slope, fall
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of both outputs to values, unit_slope and unit_error."""
-        from_values, from_errors = gradients
-        slope, entry, unit, unit_error, met, row = ctx.saved_tensors
+        """Gradients of both outputs to values, unit_slope and unit_gap."""
+        from_values, from_fall = gradients
+        slope, entry, unit, unit_gap, met, row = ctx.saved_tensors
         from_values = from_values.contiguous()
         to_values = from_values * slope
-        at_row = from_errors[row]
-        to_values.view(-1).index_add_(0, entry, at_row * met.sign() * unit_error[unit])
+        at_row = from_fall[row]
+        to_values.view(-1).index_add_(0, entry, at_row * met.sign() * unit_gap[unit])
         none = from_values.new_zeros(ctx.units)
         to_slope = none.index_add(0, unit, from_values.view(-1)[entry] * met)
-        to_error = none.index_add(0, unit, at_row * met.abs())
-        return to_values, None, None, None, to_slope, to_error
+        to_gap = none.index_add(0, unit, at_row * met.abs())
+        return to_values, None, None, None, None, to_slope, to_gap
+
+
+class _TwoLines(torch.autograd.Function):
+    """The same with one line for positive and another for negative coefficients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        slope: Tensor,
+        entry: Tensor,
+        row: Tensor,
+        unit: Tensor,
+        low_slope: Tensor,
+        low_gap: Tensor,
+        up_slope: Tensor,
+        up_gap: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Shapes as in `_Parallel`; the four lines (units,), flattened where functions have lines of their own."""
+        met = values.view(-1)[entry]
+        above = met > 0
+        picked = torch.where(above, low_slope[unit], up_slope[unit])
+        gap = torch.where(above, low_gap[unit], up_gap[unit])
+        scaled = values * slope
+        scaled.view(-1)[entry] = met * picked
+        fall = values.new_zeros(values.shape[:-1].numel()).index_add(0, row, -met * gap)
+        ctx.save_for_backward(slope, entry, unit, met, row, picked, gap)
+        ctx.units = len(low_slope)
+        return scaled, fall
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both outputs to values and the four lines."""
+        from_values, from_fall = gradients
+        slope, entry, unit, met, row, picked, gap = ctx.saved_tensors
+        from_values = from_values.contiguous()
+        at_entry, at_row = from_values.view(-1)[entry], from_fall[row]
+        to_values = from_values * slope
+        to_values.view(-1)[entry] = at_entry * picked - at_row * gap
+        none = from_values.new_zeros(ctx.units)
+        positive, negative = met.clamp_min(0), met.clamp_max(0)
+        lines = [
+            none.index_add(0, unit, part)
+            for part in (at_entry * positive, -at_row * positive, at_entry * negative, -at_row * negative)
+        ]
+        return to_values, None, None, None, None, *lines

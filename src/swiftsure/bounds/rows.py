@@ -44,14 +44,44 @@ class Rows:
     """Whether coefficients may lie outside the map (on zero padding), where they mean nothing."""
     channel: Tensor | None = None
     """(rows,): set while each row is a single unit with coefficient 1; `values` (rows, 1, ...) are then ones."""
+    function: Tensor | None = None
+    """(rows,): which of the asked functions a row belongs to, where slopes differ between functions."""
+    each: int = 0
+    """How many rows every sample has, if rows are in order of samples; 0: not so."""
+    negated: bool = False
+    """Whether `values` still have the opposite sign of what they mean."""
+
+    def onto(
+        self, values: Tensor, shape: tuple[int, ...], window: Window | None = None, spills: bool = False
+    ) -> Rows:
+        """The same functions as coefficients on another node's values."""
+        return Rows(values, self.sample, shape, window, spills, None, self.function, self.each, self.negated)
+
+    def negative(self) -> Rows:
+        """Minus the same functions."""
+        return replace(self, negated=not self.negated)
 
     def spread(self) -> Rows:
-        """The same rows with a coefficient for every channel, where they were kept as single units."""
+        """The same rows with their own signs and a coefficient for every channel, where they were kept as units."""
+        values = -self.values if self.negated else self.values
         if self.channel is None:
-            return self
-        one_hot = F.one_hot(self.channel, self.shape[0]).to(self.values.dtype)
-        values = self.values * one_hot.view(-1, self.shape[0], *[1] * (self.values.dim() - 2))
-        return replace(self, values=values, channel=None)
+            return replace(self, values=values, negated=False)
+        one_hot = F.one_hot(self.channel, self.shape[0]).to(values.dtype)
+        values = values * one_hot.view(-1, self.shape[0], *[1] * (values.dim() - 2))
+        return replace(self, values=values, channel=None, negated=False)
+
+    def place(self, best: Tensor, shape: tuple[int, ...]) -> Rows:
+        """Rows on the outputs of a max pooling as rows on the inputs that they rest on.
+
+        Args:
+            best: (batch, channels, h, w), flat index into its channel of the input of each output.
+            shape: the inputs' shape for one sample.
+        """
+        rows = self.dense().spread()
+        index = rows.gather(best).flatten(2).expand(len(rows.values), -1, -1)
+        flat = rows.values.new_zeros(len(rows.values), shape[0], shape[1] * shape[2])
+        values = flat.scatter_add(2, index, rows.values.flatten(2))
+        return rows.onto(values.view(len(values), *shape), shape)
 
     def with_values(self, values: Tensor) -> Rows:
         """The same rows with other coefficients."""
@@ -59,7 +89,9 @@ class Rows:
 
     def gather(self, field: Tensor) -> Tensor:
         """A per-sample field (batch, *shape) at the rows' places, zero outside the map: like `values`, or
-        broadcastable to it."""
+        broadcastable to it. A field (functions, batch, *shape) is read for each row's own function."""
+        if field.dim() > len(self.shape) + 1:
+            return self._gather_of_function(field)
         if self.window is not None:
             return _gather_windows(field, self.sample, self.window, self.values.shape[-2:])
         if self.sample is None:
@@ -69,14 +101,30 @@ class Rows:
         # Channels last, as convolutions leave the rows.
         return field.permute(0, 2, 3, 1).contiguous().index_select(0, self.sample).permute(0, 3, 1, 2)
 
-    def scale(self, field: Tensor) -> Rows:
-        """Each coefficient times the field's value at its place."""
+    def _gather_of_function(self, field: Tensor) -> Tensor:
+        assert self.function is not None
+        functions, batch = field.shape[:2]
+        sample = self.function * batch if self.sample is None else self.function * batch + self.sample
+        return replace(self, sample=sample).gather(field.reshape(functions * batch, *field.shape[2:]))
+
+    def multiply(self, field: Tensor) -> Rows:
+        """Each coefficient times the field's value at its place (0 outside the map)."""
         rows = self.spread()
+        if rows.each and rows.window is None and field.dim() == len(rows.shape) + 1:
+            # All samples have equally many rows, one sample after the other: the field need not be copied for each.
+            values = rows.values.view(len(field), rows.each, *rows.shape) * field[:, None]
+            return replace(rows, values=values.view(rows.values.shape), spills=False)
         return replace(rows, values=rows.values * rows.gather(field), spills=False)
 
     def weigh(self, field: Tensor) -> Tensor:
         """Sum of |coefficient| * field: (rows,)."""
         rows = self.spread()
+        if rows.each and rows.window is None and field.dim() == len(rows.shape) + 1:
+            values = rows.values
+            if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+                values, field = values.permute(0, 2, 3, 1), field.permute(0, 2, 3, 1)
+            flat = values.flatten(1).view(len(field), rows.each, torch.Size(rows.shape).numel()).abs()
+            return (flat @ field.flatten(1)[..., None]).flatten()
         return (rows.values.abs() * rows.gather(field)).flatten(1).sum(1)
 
     def inside(self) -> Rows:
@@ -102,14 +150,12 @@ class Rows:
         canvas = self.values.new_zeros(rows, channels, padded_h * padded_w)
         canvas = canvas.scatter(2, index[:, None].expand(-1, channels, -1), self.values.flatten(2))
         canvas = canvas.view(rows, channels, padded_h, padded_w)
-        return Rows(
-            canvas[:, :, top : top + self.shape[1], left : left + self.shape[2]], self.sample, self.shape
-        )
+        return self.onto(canvas[:, :, top : top + self.shape[1], left : left + self.shape[2]], self.shape)
 
     def reshape(self, shape: tuple[int, ...]) -> Rows:
         """The same linear functions on values of another shape for one sample."""
         rows = self.dense()
-        return Rows(rows.values.reshape(-1, *shape), rows.sample, shape)
+        return self.onto(rows.values.reshape(-1, *shape), shape)
 
 
 def unit_rows(unit: Tensor, shape: tuple[int, ...], sample: Tensor | None, dtype: torch.dtype) -> Rows:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, Graph, margins, trace
+from swiftsure.bounds import TECHNIQUES, Graph, margins, memory, trace
 from swiftsure.certificates._precision import certifying, place
 from swiftsure.certificates._rounding import FLOOR, rounding_slack
 from swiftsure.data import check_batch
@@ -24,9 +24,8 @@ METHODS = (*TECHNIQUES, "auto")
 
 UNPROVEN = "none"
 
-# Numbers held for one chunk of samples, 16 MiB of float32; the bounds hold a few times as much.
-CHUNK_ELEMENTS = 1 << 22
 LARGEST_CHUNK = {"interval": 256}
+"""Samples bounded at once, however much memory there is: beyond, nothing gets faster."""
 LARGEST_ROW_CHUNK = 64
 
 
@@ -80,8 +79,8 @@ def certify(
 ) -> Certificate:
     """Prove, sample by sample, that no image of the ball around x gets another label than y.
 
-    A sample whose own image is misclassified is never certified and costs no bound. With "auto" a sample that
-    intervals prove costs no symbolic bound. Computed in evaluation semantics and in full float32 (or float64, as the
+    A sample whose own image is misclassified is never certified and costs no bound. With "auto" a sample that a
+    cheap technique proves costs no dearer one. Computed in evaluation semantics and in full float32 (or float64, as the
     weights are), without TF32 and autocast, and valid for networks that run so; nothing of the network changes.
 
     Args:
@@ -90,11 +89,11 @@ def certify(
         y: labels (B,), integers; None: the network's own answers on x.
         ball: the threat model.
         policy: None; policies of exits have no meaning for one exit.
-        method: "interval", "symbolic" or "auto".
+        method: a technique of `bounds`, or "auto".
         delta: what a margin must exceed to count as a proof; None: measured by `rounding_slack` on the first images.
             Two calls with the same delta agree on a sample whatever else is in the batch, but for margins within
             a rounding error of delta.
-        batch: samples that are bounded at once; None: as many as modest memory allows.
+        batch: samples that are bounded at once; None: as many as `bounds.memory` allows.
 
     Raises:
         InputError: images, labels or a ball that do not fit, an unknown method, a policy, a negative delta, a batch
@@ -121,7 +120,7 @@ def certify(
         proven_by = [UNPROVEN] * len(x)
         undecided = ((answers == label) & finite).nonzero()[:, 0]
         for name in names:
-            for part in undecided.split(batch or _chunk(graph, classes, name)):
+            for part in undecided.split(batch or _chunk(graph, images, name)):
                 found = _worst(as_exits(margins(net, images[part], label[part], ball, name))[-1], label[part])
                 margin[part] = torch.maximum(margin[part], found)
             proven = margin[undecided].double() > delta
@@ -205,8 +204,7 @@ def _worst(lower: Tensor, label: Tensor) -> Tensor:
     return worst.where(lower.isfinite().all(1), -torch.inf)
 
 
-def _chunk(graph: Graph, classes: int, name: str) -> int:
-    """How many samples to bound at once, from the widest layer: intervals keep two values of it, others class rows."""
-    width = max(torch.Size(node.shape).numel() for node in graph.nodes)
-    rows = 2 if name == "interval" else classes
-    return max(1, min(LARGEST_CHUNK.get(name, LARGEST_ROW_CHUNK), CHUNK_ELEMENTS // (rows * width)))
+def _chunk(graph: Graph, images: Tensor, name: str) -> int:
+    """How many samples to bound at once: as many as fit into memory, up to a limit."""
+    values = sum(torch.Size(node.shape).numel() for node in graph.nodes)
+    return min(LARGEST_CHUNK.get(name, LARGEST_ROW_CHUNK), memory.samples_at_once(values, images))

@@ -146,7 +146,9 @@ def _compare(claimed: Certificate, fresh: Certificate, index: Tensor, tolerance:
             if promise != cost:
                 line = f"{sample} states the largest {what} as {promise}, but it is {cost}"
                 raise SoundnessError(line) if promise < cost else InputError(line)
-        if math.isfinite(stated) and math.isfinite(margin):
+        # An ascent ends at another height in other batches; that it proves the sample again is all that counts.
+        climbs = "alpha-crown" in (claimed.method[i], claimed.asked)
+        if math.isfinite(stated) and math.isfinite(margin) and not climbs:
             difference = abs(margin - stated)
             if difference > tolerance * (1 + abs(margin)):
                 raise InputError(f"{sample} has margin {stated:.6g} in the file, but it is {margin:.6g}")

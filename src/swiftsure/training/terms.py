@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, Region, class_count, margin_spec, technique, trace
+from swiftsure.bounds import TECHNIQUES, Region, class_count, lower_margins, technique, trace
 from swiftsure.bounds.graph import Graph
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
@@ -37,15 +37,16 @@ def worst_case_loss(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: st
         method: a bound technique, or "best" for the tighter of interval and symbolic at each margin.
     """
     graph = trace(net, x)
-    classes = class_count(graph)
     bound = best if method == "best" else technique(method)
-    lower = [low for low, _ in bound(graph, Region(x, ball), margin_spec(y, classes, x.dtype))]
+    lower = lower_margins(bound, graph, Region(x, ball), y)
     return torch.stack([F.cross_entropy(-low, y) for low in lower]).sum()
 
 
-def best(graph: Graph, region: Region, spec: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+def best(
+    graph: Graph, region: Region, spec: Tensor | None = None, *, upper: bool = True
+) -> list[tuple[Tensor, Tensor]]:
     """The tighter of interval and symbolic, element by element (both are sound, so their intersection is)."""
-    found = [TECHNIQUES[name](graph, region, spec) for name in ("interval", "symbolic")]
+    found = [TECHNIQUES[name](graph, region, spec, upper=upper) for name in ("interval", "symbolic")]
     return [
         (torch.maximum(a_low, b_low), torch.minimum(a_up, b_up))
         for (a_low, a_up), (b_low, b_up) in zip(*found, strict=True)

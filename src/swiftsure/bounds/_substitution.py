@@ -1,0 +1,354 @@
+"""Backward substitution: a linear function of some layer, taken back to the image between the lines of relaxations.
+
+`symbolic`, `crown-ibp`, `crown` and `alpha-crown` differ in two choices only: which lines stand around an activation
+(`parallel`: one slope for both sides; `tight`: two), and whose bounds of its inputs they rest on (intervals', or the
+technique's own as well). Centres go forward once, like a plain pass; only functions whose range is asked for go back.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from swiftsure.bounds import memory
+from swiftsure.bounds import operations as ops
+from swiftsure.bounds._interval import Intervals
+from swiftsure.bounds.graph import Graph
+from swiftsure.bounds.region import Region
+from swiftsure.bounds.relaxation import Relaxation
+from swiftsure.bounds.rows import Rows, add, unit_rows
+
+Lines = Literal["parallel", "tight"]
+
+
+class Substitution:
+    """The centres and relaxations of one network over one region, and bounds of functions of any node.
+
+    The l, u of a hidden unit are the tighter, side by side, of plain intervals and, if ``refine``, of the technique's
+    own bounds; so units on which intervals settle need no rows.
+
+    Args:
+        graph: the traced network.
+        region: the inputs to bound over.
+        lines: the shape of the relaxations.
+        refine: whether to bound hidden units by substitution too, or by intervals alone.
+    """
+
+    def __init__(self, graph: Graph, region: Region, lines: Lines, *, refine: bool) -> None:
+        self.graph, self.region, self.lines, self.refine = graph, region, lines, refine
+        self.intervals = Intervals(graph, region)
+        self.centers: dict[int, Tensor] = {}
+        self.relaxations: dict[int, Relaxation] = {}
+        self.pools: dict[int, Tensor] = {}
+        """Which input each output of a max pooling rests on: flat index into its channel."""
+        self.bends: dict[int, Bends] = {}
+        # Up to one linear map away from the image, intervals are exact.
+        self._depth = _linear_depth(graph)
+        for index, node in enumerate(graph.nodes):
+            operation = node.operation
+            if isinstance(operation, ops.Input):
+                self.centers[index] = region.center
+            elif isinstance(operation, ops.Bent):
+                self.relaxations[index] = self._activation(index, operation)
+                self.centers[index] = self.relaxations[index].center(self.centers[node.inputs[0]])
+            elif isinstance(operation, ops.MaxPool2d):
+                self.relaxations[index] = self._pooling(index, operation)
+                chosen = _pick(self.centers[node.inputs[0]], self.pools[index])
+                self.centers[index] = self.relaxations[index].center(chosen)
+            else:
+                self.centers[index] = operation.value(*[self.centers[i] for i in node.inputs])
+
+    # Relaxations
+
+    def _activation(self, index: int, activation: ops.Bent) -> Relaxation:
+        source = self.graph.nodes[index].inputs[0]
+        slope, lift, bent = activation.straight(*self.intervals[source])
+        chosen = bent.flatten().nonzero()[:, 0]
+        if not len(chosen):
+            return Relaxation.of_straight(slope, lift, chosen, parallel=self.lines == "parallel")
+        lower, upper = self.unit_bounds(source, chosen)
+        center = self.centers[source].reshape(-1)[chosen]
+        if self.lines == "parallel":
+            low_slope, least, largest = activation.parallel(lower, upper)
+            gap = (largest - least) / 2
+            return _relaxation(
+                slope, lift, chosen, low_slope, least + gap, (low_slope, -gap), (low_slope, gap), True
+            )
+        low_slope, up_slope = activation.tight(lower, upper)
+        self.bends[index] = Bends(activation, lower, upper, center, low_slope.detach(), up_slope.detach())
+        return self.between(index, Relaxation.of_straight(slope, lift, chosen), low_slope, up_slope)
+
+    def between(self, index: int, known: Relaxation, low_slope: Tensor, up_slope: Tensor) -> Relaxation:
+        """The relaxation of an activation with given slopes at its bent units, each (units,) or (functions, units).
+
+        ``known`` says where the others are straight, and keeps its reference line at the bent ones if functions have
+        slopes of their own.
+        """
+        bends = self.bends[index]
+        center, activation = bends.center, bends.activation
+        least = activation.extremes(low_slope, bends.lower, bends.upper)[0]
+        largest = activation.extremes(up_slope, bends.lower, bends.upper)[1]
+        # The reference is the line above: for a ReLU both sides then have one gap between them.
+        reference = bends.up_slope if up_slope.dim() > 1 else up_slope
+        intercept = (
+            activation.extremes(reference, bends.lower, bends.upper)[1] if up_slope.dim() > 1 else largest
+        )
+        low = (low_slope, (low_slope - reference) * center + (least - intercept))
+        up = (up_slope, (up_slope - reference) * center + (largest - intercept))
+        return _relaxation(known.slope, known.lift, known.unit, reference, intercept, low, up, False)
+
+    def _pooling(self, index: int, pool: ops.MaxPool2d) -> Relaxation:
+        source = self.graph.nodes[index].inputs[0]
+        middle, radius = self.intervals[source]
+        lower, upper = middle - radius, middle + radius
+        if self.refine:
+            chosen = pool.contenders(lower, upper).flatten().nonzero()[:, 0]
+            if len(chosen):
+                refined = self.unit_bounds(source, chosen)
+                lower, upper = (
+                    side.reshape(-1).index_copy(0, chosen, new).view(side.shape)
+                    for side, new in zip((lower, upper), refined, strict=True)
+                )
+        best, excess, highest = pool.choose(lower, upper)
+        self.pools[index] = best
+        bent = excess > 0
+        unit = bent.flatten().nonzero()[:, 0]
+        excess = excess.reshape(-1)[unit]
+        one = torch.ones_like(excess)
+        slope = torch.ones_like(highest)
+        if self.lines == "parallel":
+            half = excess / 2
+            return _relaxation(slope, None, unit, one, half, (one, -half), (one, half), True)
+        # Below, the chosen input; above, the highest value of all, a constant.
+        center = _pick(self.centers[source], best).reshape(-1)[unit]
+        highest, zero = highest.reshape(-1)[unit], torch.zeros_like(excess)
+        return _relaxation(slope, None, unit, zero, highest, (one, center - highest), (zero, zero), False)
+
+    def restricted(self, samples: Tensor) -> Substitution:
+        """The same for some samples of the batch, given by increasing index."""
+        some = copy.copy(self)
+        place = torch.full((len(self.region.x),), -1, device=samples.device)
+        place[samples] = torch.arange(len(samples), device=samples.device)
+        some.region = Region(self.region.x[samples], self.region.ball)
+        some.intervals = Intervals(self.graph, some.region)
+        some.centers = {i: center[samples] for i, center in self.centers.items()}
+        some.pools = {i: best[samples] for i, best in self.pools.items()}
+        some.relaxations, some.bends = {}, {}
+        for i, relaxation in self.relaxations.items():
+            some.relaxations[i], kept = relaxation.restricted(samples, place)
+            if i in self.bends:
+                some.bends[i] = self.bends[i].restricted(kept)
+        return some
+
+    # Bounds
+
+    def unit_bounds(self, source: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """l, u of chosen units of a node (flat indices into its batch): (units,) each."""
+        middle, radius = (side.reshape(-1)[chosen] for side in self.intervals[source])
+        lower, upper = middle - radius, middle + radius
+        exact = self._depth[source] <= 1 and self.region.symmetric
+        if not self.refine or exact:
+            return lower, upper
+        center = self.centers[source]
+        size = center[0].numel()
+        skip, error = (frozenset(), None) if self.lines == "tight" else self._near_errors(source)
+        parts = []
+        for part in chosen.split(memory.rows_at_once(self._width(source), center)):
+            sample = None if len(center) == 1 else part.div(size, rounding_mode="floor")
+            unit = part if sample is None else part - sample * size
+            rows = unit_rows(unit, self.graph.nodes[source].shape, sample, center.dtype)
+            parts.append(self.reach(source, rows, skip))
+        below, above = (torch.cat(side) for side in zip(*parts, strict=True))
+        if error is not None:
+            errors = error.reshape(-1)[chosen]
+            below, above = below + errors, above + errors
+        start = center.reshape(-1)[chosen]
+        return torch.maximum(lower, start - below), torch.minimum(upper, start + above)
+
+    def output(self, output: int, functions: Tensor, *, upper: bool = True) -> tuple[Tensor, Tensor]:
+        """Bounds of linear functions (batch, functions, classes) of an output: (batch, functions) each."""
+        center = (functions @ self.centers[output][..., None])[..., 0]
+        batch, count, classes = functions.shape
+        most = max(1, memory.rows_at_once(self._width(output), center) // max(1, count))
+        parts = []
+        for samples in torch.arange(batch, device=center.device).split(most):
+            rows = Rows(
+                functions[samples].reshape(-1, classes),
+                None if batch == 1 else samples.repeat_interleave(count),
+                (classes,),
+                each=count if len(samples) == batch else 0,
+            )
+            parts.append(self.reach(output, rows, upper=upper))
+        below, above = (torch.cat(side).view(batch, count) for side in zip(*parts, strict=True))
+        return center - below, center + above
+
+    def reach(
+        self, target: int, rows: Rows, skip: frozenset[int] = frozenset(), *, upper: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """How far linear functions of a node fall below and rise above their value at its centre: (rows,) each.
+
+        Errors of the ReLUs in ``skip`` are left out: the caller has them. Without ``upper`` the second is infinite.
+        """
+        below, above = self._descend(target, rows, skip)
+        if self.lines == "tight":
+            # What a function rises, its negative falls.
+            above = (
+                self._descend(target, rows.negative(), skip)[0]
+                if upper
+                else torch.full_like(below, torch.inf)
+            )
+        return below, above
+
+    def _descend(self, target: int, rows: Rows, skip: frozenset[int]) -> tuple[Tensor, Tensor]:
+        pending = {target: rows}
+        falls: Tensor | float = 0.0
+        for index in self.graph.ancestors(target):
+            rows = pending.pop(index)
+            operation = self.graph.nodes[index].operation
+            if isinstance(operation, ops.Input):
+                below, above = self.region.reach(rows)
+                return below + falls, above + falls
+            if isinstance(operation, ops.Bent | ops.MaxPool2d):
+                rows, fall = self.relaxations[index].transpose(rows)
+                if isinstance(operation, ops.MaxPool2d):
+                    rows = rows.place(self.pools[index], operation.input_shape)
+                if index not in skip:
+                    falls = falls + fall
+                parts: tuple[Rows, ...] = (rows,)
+            else:
+                parts = operation.transpose(rows)
+            for source, part in zip(self.graph.nodes[index].inputs, parts, strict=True):
+                pending[source] = add(pending[source], part) if source in pending else part
+        raise AssertionError("every node depends on the image")
+
+    def _width(self, target: int) -> int:
+        return max(int(torch.Size(self.graph.nodes[i].shape).numel()) for i in self.graph.ancestors(target))
+
+    def _near_errors(self, target: int) -> tuple[frozenset[int], Tensor | None]:
+        """What the ReLUs that every unit of a node sees along one path only add to its reach, and which they are.
+
+        They need no rows: |W| mu is one pass through the affine maps, for all units at once. Along several paths (a
+        residual sum), or through two mixing maps in a row, coefficients may cancel before their magnitude counts:
+        those need rows.
+        """
+        graph, center = self.graph, self.centers[target]
+        paths = dict.fromkeys(graph.ancestors(target), 0)
+        paths[target] = 1
+        for index in paths:
+            for source in graph.nodes[index].inputs:
+                paths[source] += paths[index]
+        near: set[int] = set()
+
+        def errors(index: int, mixed: bool = False) -> Tensor | None:
+            node = graph.nodes[index]
+            operation = node.operation
+            if isinstance(operation, ops.Bent):
+                if paths[index] > 1:
+                    return None
+                near.add(index)
+                return self.relaxations[index].errors
+            if isinstance(operation, ops.Input | ops.MaxPool2d):
+                return None
+            mixes = not isinstance(operation, _UNMIXED)
+            if mixed and mixes:
+                return None
+            parts = [errors(i, mixed or mixes) for i in node.inputs]
+            if all(part is None for part in parts):
+                return None
+            known = [
+                center.new_zeros(len(center), *graph.nodes[i].shape) if part is None else part
+                for i, part in zip(node.inputs, parts, strict=True)
+            ]
+            return operation.radius(*known)
+
+        total = errors(target)
+        return (frozenset(), None) if total is None else (frozenset(near), total)
+
+
+class Bends:
+    """What a technique knows of the bent units of one activation, (units,) each: enough to move its lines."""
+
+    def __init__(
+        self,
+        activation: ops.Bent,
+        lower: Tensor,
+        upper: Tensor,
+        center: Tensor,
+        low_slope: Tensor,
+        up_slope: Tensor,
+    ) -> None:
+        self.activation = activation
+        self.lower, self.upper, self.center = lower, upper, center
+        self.low_slope, self.up_slope = low_slope, up_slope
+
+    def restricted(self, kept: Tensor) -> Bends:
+        """The same for some units, given by a mask."""
+        known = (self.lower, self.upper, self.center, self.low_slope, self.up_slope)
+        return Bends(self.activation, *[tensor[kept] for tensor in known])
+
+
+_UNMIXED = (ops.Scale, ops.Reshape)
+"""Operations whose every output sees one input; so intervals stay exact, and errors cannot cancel."""
+
+
+def substitution(
+    lines: Lines, *, refine: bool
+) -> Callable[[Graph, Region, Tensor | None, bool], list[tuple[Tensor, Tensor]]]:
+    """A technique: bounds of each output, or of linear functions of it, by one kind of substitution."""
+
+    def bound(graph: Graph, region: Region, spec: Tensor | None, upper: bool) -> list[tuple[Tensor, Tensor]]:
+        network = Substitution(graph, region, lines, refine=refine)
+        return [
+            network.output(output, spec_or_logits(network.centers[output], spec), upper=upper)
+            for output in graph.outputs
+        ]
+
+    return bound
+
+
+def spec_or_logits(logits: Tensor, spec: Tensor | None) -> Tensor:
+    """The functions asked for: (batch, functions, classes); each logit alone where none are given."""
+    if spec is not None:
+        return spec
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    return identity.expand(len(logits), -1, -1)
+
+
+def _relaxation(
+    slope: Tensor,
+    lift: Tensor | None,
+    unit: Tensor,
+    reference: Tensor,
+    intercept: Tensor,
+    low: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor],
+    parallel: bool,
+) -> Relaxation:
+    """Slopes and intercepts of the reference lines of bent units joined to those of the others."""
+    slope = slope.reshape(-1).index_copy(0, unit, reference).view(slope.shape)
+    base = torch.zeros_like(slope) if lift is None else lift
+    lift = base.reshape(-1).index_copy(0, unit, intercept).view(slope.shape)
+    return Relaxation(slope, lift, unit, *low, *up, parallel)
+
+
+def _pick(values: Tensor, best: Tensor) -> Tensor:
+    """values (batch, channels, H, W) at flat indices (batch, channels, h, w) into each channel."""
+    return values.flatten(2).gather(2, best.flatten(2)).view(best.shape)
+
+
+def _linear_depth(graph: Graph) -> list[int]:
+    """How many mixing maps lie between the input and each node; a bend or a sum counts as out of reach."""
+    depth: list[int] = []
+    for node in graph.nodes:
+        operation = node.operation
+        if isinstance(operation, ops.Input):
+            depth.append(0)
+        elif isinstance(operation, ops.Bent | ops.MaxPool2d) or len(node.inputs) > 1:
+            depth.append(2)
+        else:
+            depth.append(depth[node.inputs[0]] + (not isinstance(operation, _UNMIXED)))
+    return depth

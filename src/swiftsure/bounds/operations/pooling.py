@@ -1,0 +1,123 @@
+"""Max pooling: each output is the largest of a window of inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class MaxPool2d:
+    """Max pooling of any kernel, stride, padding and dilation; padding counts as minus infinity.
+
+    Its relaxation rests on one input of the window, the *chosen* one, whose lower bound is the highest: the output is
+    at least the chosen input, and at most the larger of the chosen one and the rivals' highest upper bound.
+
+    Args:
+        kernel, stride, padding, dilation: pairs, as in F.max_pool2d.
+        input_shape: (channels, height, width).
+        output_shape: (channels, height', width').
+    """
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    def value(self, z: Tensor) -> Tensor:
+        """The largest of each window: (batch, *input_shape) to (batch, *output_shape)."""
+        return self._reduce(self.windows(z, -torch.inf))
+
+    def _reduce(self, windows: Tensor) -> Tensor:
+        return windows.amax(2).view(len(windows), *self.output_shape)
+
+    def range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled lower and the pooled upper bounds: exact over a box."""
+        return self.value(lower), self.value(upper)
+
+    def windows(self, z: Tensor, outside: float) -> Tensor:
+        """The inputs of each output: (batch, channels, places of a window, outputs of a channel).
+
+        Padding, and what a last window reaches beyond it (ceil mode), reads ``outside``.
+        """
+        index, inside = self._places(z.device)
+        picked = z.flatten(2)[:, :, index.flatten()].view(*z.shape[:2], *index.shape)
+        return picked.masked_fill(~inside, outside)
+
+    def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Flat index into a channel of each window's places, and which of them lie on the map: (places, outputs)."""
+        axes = []
+        for axis in (0, 1):
+            start = torch.arange(self.output_shape[1 + axis], device=device) * self.stride[axis]
+            step = torch.arange(self.kernel[axis], device=device) * self.dilation[axis]
+            axes.append(start[None] + step[:, None] - self.padding[axis])
+        (rows, columns), (height, width) = axes, self.input_shape[1:]
+        on_map = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
+            None, :, None
+        ]
+        index = (
+            rows.clamp(0, height - 1)[:, None, :, None] * width + columns.clamp(0, width - 1)[None, :, None]
+        )
+        places, outputs = len(rows) * len(columns), rows.shape[1] * columns.shape[1]
+        return index.reshape(places, outputs), on_map.reshape(places, outputs)
+
+    def contenders(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Which inputs may be the largest of a window that has several such: bool (batch, *input_shape)."""
+        low, high = self.windows(lower, -torch.inf), self.windows(upper, -torch.inf)
+        # Written so that NaN contends.
+        reaches = ~(high < low.amax(2, keepdim=True))
+        index, inside = self._places(lower.device)
+        reaches &= inside
+        reaches &= reaches.sum(2, keepdim=True) > 1
+        counts = torch.zeros(*lower.shape[:2], lower[0, 0].numel(), device=lower.device)
+        flat = index.flatten().expand(*lower.shape[:2], -1)
+        return counts.scatter_add_(2, flat, reaches.flatten(2).to(counts)).view(lower.shape) > 0
+
+    def choose(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input that each output rests on.
+
+        Returns:
+            Three of (batch, *output_shape): the chosen input as a flat index into its channel; how far the output may
+            exceed it (0: it is the largest for certain); the highest upper bound of its window.
+        """
+        low, high = self.windows(lower, -torch.inf), self.windows(upper, -torch.inf)
+        best, place = low.max(2, keepdim=True)
+        rivals = high.scatter(2, place, -torch.inf).amax(2, keepdim=True)
+        index, _ = self._places(lower.device)
+        chosen = index.expand(*low.shape).gather(2, place)
+        shape = (len(lower), *self.output_shape)
+        return chosen.view(shape), (rivals - best).relu().view(shape), high.amax(2).view(shape)
+
+
+def max_pool(
+    kernel: int | Pair,
+    stride: int | Pair | None,
+    padding: int | Pair,
+    dilation: int | Pair,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+) -> MaxPool2d:
+    """From arguments as F.max_pool2d takes them: single numbers stand for both axes, no stride for the kernel."""
+
+    def pair(value: int | Pair | list[int]) -> Pair:
+        return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+    kernel = pair(kernel)
+    return MaxPool2d(
+        kernel, pair(stride) if stride else kernel, pair(padding), pair(dilation), input_shape, output_shape
+    )
+
+
+def adaptive_max_pool(input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> MaxPool2d | None:
+    """Adaptive max pooling where its windows are all alike, else None."""
+    sizes = list(zip(input_shape[1:], output_shape[1:], strict=True))
+    if any(n % m for n, m in sizes):
+        return None
+    kernel = (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1])
+    return MaxPool2d(kernel, kernel, (0, 0), (1, 1), input_shape, output_shape)
