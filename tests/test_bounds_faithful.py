@@ -208,7 +208,7 @@ class Sine(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("inner", "operation"), [(nn.GELU(), "GELU"), (Sine(), "sin"), (nn.Softmax(1), "Softmax")]
+    ("inner", "operation"), [(nn.GELU("tanh"), "GELU"), (Sine(), "sin"), (nn.Softmax(1), "Softmax")]
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_operation_is_named_with_its_module_and_a_way_out(
@@ -270,7 +270,7 @@ def test_the_network_is_left_as_it_was_found(method: str) -> None:
 
 
 def test_the_network_is_left_as_it_was_found_after_an_error() -> None:
-    net = Deep(nn.GELU()).train()
+    net = Deep(nn.ELU()).train()
     with pytest.raises(InputError):
         bounds.margins(net, images(), torch.tensor([0, 1]), Ball(0.1))
     assert all(module.training for module in net.modules())
