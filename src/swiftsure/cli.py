@@ -106,7 +106,7 @@ _METHOD = _argument(
 _MEMORY = _argument(
     "--memory",
     metavar="SIZE",
-    help='what bounds may hold at once, such as 4GB (default: half of what is free, at most 1GiB)',
+    help="what bounds may hold at once, such as 4GB (default: half of what is free, at most 1GiB)",
 )
 _MEASURED = (
     _RUN,

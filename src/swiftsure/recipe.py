@@ -138,6 +138,7 @@ class Loss:
             (stochastic robust approximation).
         interval_share: share of the proven weight that goes to intervals on the whole batch, in [0, 1]; the rest
             goes to `bound` on the k samples. A cheap bound on all and a tight one on a few is ours, not the paper's.
+        tight_from: epochs before `bound` joins; until then the whole proven weight goes to intervals, which are cheap.
         mixing: the weight of the proven term.
         attack: the attack of the attacked term.
         l1: weight of the sum of |parameter| of all weights.
@@ -149,6 +150,7 @@ class Loss:
     bound: Literal["interval", "crown-ibp", "symbolic", "crown", "best"] = "symbolic"
     k: int | None = 1
     interval_share: float = 0.0
+    tight_from: int = 0
     mixing: Mixing = field(default_factory=Mixing)
     attack: Attack = field(default_factory=Attack)
     l1: float = 0.0
@@ -157,6 +159,7 @@ class Loss:
         _require(self.k is None or self.k >= 1, f"loss.k is {self.k}; allowed: 1 or more, or null for all")
         share = self.interval_share
         _require(0 <= share <= 1, f"loss.interval_share is {share}; allowed: 0 to 1")
+        _require(self.tight_from >= 0, f"loss.tight_from is {self.tight_from}; allowed: epochs >= 0")
         _require(self.clean is None or self.clean >= 0, f"loss.clean is {self.clean}; allowed: >= 0, or null")
         _require(self.attacked >= 0 and self.l1 >= 0, "loss.attacked and loss.l1 must be >= 0")
         _require(
@@ -215,6 +218,7 @@ class Schedule:
         eps_factor: the full training radius as a multiple of the ball's.
         check_images: validation images for the attacked and the verified figure of each epoch (the first ones).
         check_steps: PGD steps of the attacked figure.
+        check_method: technique of the verified figure; auto: intervals, and symbolic where they fail.
         choose: the figure by which the kept epoch is chosen on the validation split; auto: verified with a proven
             term, attacked with an attacked one, else clean. Only epochs at the full radius count.
         clean_floor: epochs with a lower clean accuracy on the validation split are kept only if there is no other.
@@ -228,6 +232,7 @@ class Schedule:
     eps_factor: float = 1.0
     check_images: int = 500
     check_steps: int = 10
+    check_method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown"] = "auto"
     choose: Literal["auto", "clean", "attacked", "verified"] = "auto"
     clean_floor: float = 0.0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
@@ -25,16 +23,10 @@ class Region:
     def __init__(self, x: Tensor, ball: Ball) -> None:
         self.x, self.ball = x, ball
         self.lower, self.upper = ball.box(x)
-
-    @cached_property
-    def box_center(self) -> Tensor:
+        self.box_center = (self.lower + self.upper) / 2
         """Centre of the clipped box, like x."""
-        return (self.lower + self.upper) / 2
-
-    @cached_property
-    def box_radius(self) -> Tensor:
+        self.box_radius = (self.upper - self.lower) / 2
         """Half-widths of the clipped box, like x."""
-        return (self.upper - self.lower) / 2
 
     @property
     def center(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ def fit(
             # One stream of draws for each epoch, so that a resumed training needs no generator state.
             draws = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             torch.manual_seed(seed * 1_000_003 + epoch)  # dropout has no generator of its own
+            # Early epochs, far from any proof, need no tight bound.
+            mix = replace(loss, interval_share=1.0) if epoch <= loss.tight_from else loss
             net.train()
             total = torch.zeros((), device=device)
             for step, (x, y) in enumerate(batches.epoch(draws)):
@@ -123,7 +125,7 @@ def fit(
                 gated = loss.proven and loss.mixing.gate < 1
                 proven = not gated or bool(torch.rand((), generator=draws) < loss.mixing.gate)
                 value = three_term_loss(
-                    net, x, y, here, loss, weight if proven else 0.0,
+                    net, x, y, here, mix, weight if proven else 0.0,
                     attack=_attack(loss.attack, ball, draws), generator=draws,
                 )  # fmt: skip
                 descent.param_groups[0]["lr"] = learning_rate(optimizer, schedule, epoch, step, batches.steps)

@@ -50,6 +50,11 @@ class Activation(Protocol):
         """Slopes of a line below and a line above f that leave little area between them and f."""
 
 
+def _extremes_at(function: Function, slope: Tensor, points: list[Tensor]) -> tuple[Tensor, Tensor]:
+    excess = torch.stack([function(point) - slope * point for point in points])
+    return excess.amin(0), excess.amax(0)
+
+
 def _least_area(f: Activation, candidates: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     """Of candidate slopes (candidates, units), the one whose line below f lies highest at mid-interval; same above.
 
@@ -147,6 +152,13 @@ class Relu(PiecewiseLinear):
         slope = rises / (rises + falls).clamp_min(torch.finfo(lower.dtype).tiny)
         return slope, torch.zeros_like(slope), slope * falls
 
+    def extremes(self, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """At the ends and, if it lies between them, at 0, where the excess is 0 whatever the slope."""
+        at_lower, at_upper = lower.relu() - slope * lower, upper.relu() - slope * upper
+        least, largest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)
+        bends = (lower < 0) & (upper > 0)
+        return least.where(~bends, least.clamp_max(0)), largest.where(~bends, largest.clamp_min(0))
+
     def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Below, slope 1 where u > -l, else 0 (CROWN's adaptive choice: the lesser area); above, the chord."""
         return (upper > -lower).to(lower.dtype), self.parallel(lower, upper)[0]
@@ -192,7 +204,6 @@ class Smooth:
     def extremes(self, slope: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """See the class: values at the ends, at inflections and at bisected critical points, and a slack."""
         edges = [lower, *(lower.clamp_min(i).minimum(upper) for i in self.inflections), upper]
-        points = [edge.expand(slope.shape) for edge in edges]
         with torch.no_grad():
             widest = torch.zeros_like(lower)
             critical = []
@@ -203,13 +214,14 @@ class Smooth:
                     right = (self.derivative(middle) < slope) == rising
                     low, high = torch.where(right, middle, low), torch.where(right, high, middle)
                 widest = torch.maximum(widest, b - a)
-                critical.append((low + high) / 2)
+                critical.append(((low + high) / 2).maximum(lower).minimum(upper))
             width = widest * 0.5**_HALVINGS + _SLIVER
             slack = self.curvature * width.square() / 2
-        # A critical point moves with the slope, but g is flat there: its value's gradient does not see the move.
-        points += [point.maximum(lower).minimum(upper) for point in critical]
-        excess = torch.stack([self.function(point) - slope * point for point in points])
-        return excess.amin(0) - slack, excess.amax(0) + slack
+        # A critical point moves with the slope, but g is flat there: its value's gradient does not see the move. Where
+        # it is an end of the interval, that end's value is taken, whose gradient does.
+        least, largest = _extremes_at(self.function, slope, edges)
+        lesser, larger = _extremes_at(self.function, slope, critical)
+        return least.where(least <= lesser, lesser) - slack, largest.where(largest >= larger, larger) + slack
 
     def straight(self, center: Tensor, radius: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Nowhere."""
