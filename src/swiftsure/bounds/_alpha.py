@@ -116,9 +116,8 @@ def _run(
             break
         rows = Rows(functions[sample, function], sample, (functions.shape[2],), function=function)
         with torch.enable_grad():
-            for i, known in relaxations.items():
-                if i in low:
-                    network.relaxations[i] = network.between(i, known, low[i], up[i])
+            for i in low:
+                network.relaxations[i] = network.moved(i, low[i], up[i])
             center = (rows.values * network.centers[output][sample]).sum(1)
             found = center - network.reach(output, rows, upper=False)[0]
             loss = -found.sum()

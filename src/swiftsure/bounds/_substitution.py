@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -69,7 +70,7 @@ class Substitution:
         slope, lift, bent = activation.straight(*self.intervals[source])
         chosen = bent.flatten().nonzero()[:, 0]
         if not len(chosen):
-            return Relaxation.of_straight(slope, lift, chosen, parallel=self.lines == "parallel")
+            return Relaxation.straight(slope, lift, parallel=self.lines == "parallel")
         lower, upper = self.unit_bounds(source, chosen)
         center = self.centers[source].reshape(-1)[chosen]
         if self.lines == "parallel":
@@ -78,28 +79,27 @@ class Substitution:
             return _relaxation(
                 slope, lift, chosen, low_slope, least + gap, (low_slope, -gap), (low_slope, gap), True
             )
-        low_slope, up_slope = activation.tight(lower, upper)
-        self.bends[index] = Bends(activation, lower, upper, center, low_slope.detach(), up_slope.detach())
-        return self.between(index, Relaxation.of_straight(slope, lift, chosen), low_slope, up_slope)
+        low_slope, least, up_slope, largest = activation.lines(lower, upper)
+        self.bends[index] = Bends(activation, lower, upper, center, low_slope, up_slope, largest)
+        # The reference is the line above, so that of the two gaps only that of the line below is not 0.
+        low = (low_slope, (low_slope - up_slope) * center + (least - largest))
+        return _relaxation(slope, lift, chosen, up_slope, largest, low, (up_slope, None), False)
 
-    def between(self, index: int, known: Relaxation, low_slope: Tensor, up_slope: Tensor) -> Relaxation:
-        """The relaxation of an activation with given slopes at its bent units, each (units,) or (functions, units).
+    def moved(self, index: int, low_slope: Tensor, up_slope: Tensor) -> Relaxation:
+        """The relaxation of an activation with other slopes at its bent units, (functions, units) each.
 
-        ``known`` says where the others are straight, and keeps its reference line at the bent ones if functions have
-        slopes of their own.
+        The reference line stays, so centres do.
         """
-        bends = self.bends[index]
-        center, activation = bends.center, bends.activation
+        known, bends = self.relaxations[index], self.bends[index]
+        activation, center = bends.activation, bends.center
         least = activation.extremes(low_slope, bends.lower, bends.upper)[0]
-        largest = activation.extremes(up_slope, bends.lower, bends.upper)[1]
-        # The reference is the line above: for a ReLU both sides then have one gap between them.
-        reference = bends.up_slope if up_slope.dim() > 1 else up_slope
-        intercept = (
-            activation.extremes(reference, bends.lower, bends.upper)[1] if up_slope.dim() > 1 else largest
-        )
-        low = (low_slope, (low_slope - reference) * center + (least - intercept))
-        up = (up_slope, (up_slope - reference) * center + (largest - intercept))
-        return _relaxation(known.slope, known.lift, known.unit, reference, intercept, low, up, False)
+        low_gap = (low_slope - bends.up_slope) * center + (least - bends.largest)
+        up_gap = None
+        # Above a ReLU nothing beats the chord.
+        if not isinstance(activation, ops.Relu):
+            largest = activation.extremes(up_slope, bends.lower, bends.upper)[1]
+            up_gap = (up_slope - bends.up_slope) * center + (largest - bends.largest)
+        return replace(known, low_slope=low_slope, low_gap=low_gap, up_slope=up_slope, up_gap=up_gap)
 
     def _pooling(self, index: int, pool: ops.MaxPool2d) -> Relaxation:
         source = self.graph.nodes[index].inputs[0]
@@ -115,7 +115,7 @@ class Substitution:
                 )
         best, excess, highest = pool.choose(lower, upper)
         self.pools[index] = best
-        bent = excess > 0
+        bent = ~(excess <= 0)  # NaN bends
         unit = bent.flatten().nonzero()[:, 0]
         excess = excess.reshape(-1)[unit]
         one = torch.ones_like(excess)
@@ -126,7 +126,7 @@ class Substitution:
         # Below, the chosen input; above, the highest value of all, a constant.
         center = _pick(self.centers[source], best).reshape(-1)[unit]
         highest, zero = highest.reshape(-1)[unit], torch.zeros_like(excess)
-        return _relaxation(slope, None, unit, zero, highest, (one, center - highest), (zero, zero), False)
+        return _relaxation(slope, None, unit, zero, highest, (one, center - highest), (zero, None), False)
 
     def restricted(self, samples: Tensor) -> Substitution:
         """The same for some samples of the batch, given by increasing index."""
@@ -269,25 +269,22 @@ class Substitution:
         return (frozenset(), None) if total is None else (frozenset(near), total)
 
 
+@dataclass(frozen=True)
 class Bends:
     """What a technique knows of the bent units of one activation, (units,) each: enough to move its lines."""
 
-    def __init__(
-        self,
-        activation: ops.Bent,
-        lower: Tensor,
-        upper: Tensor,
-        center: Tensor,
-        low_slope: Tensor,
-        up_slope: Tensor,
-    ) -> None:
-        self.activation = activation
-        self.lower, self.upper, self.center = lower, upper, center
-        self.low_slope, self.up_slope = low_slope, up_slope
+    activation: ops.Bent
+    lower: Tensor
+    upper: Tensor
+    center: Tensor
+    low_slope: Tensor
+    up_slope: Tensor
+    largest: Tensor
+    """Intercept of the line above."""
 
     def restricted(self, kept: Tensor) -> Bends:
         """The same for some units, given by a mask."""
-        known = (self.lower, self.upper, self.center, self.low_slope, self.up_slope)
+        known = (self.lower, self.upper, self.center, self.low_slope, self.up_slope, self.largest)
         return Bends(self.activation, *[tensor[kept] for tensor in known])
 
 
@@ -325,7 +322,7 @@ def _relaxation(
     reference: Tensor,
     intercept: Tensor,
     low: tuple[Tensor, Tensor],
-    up: tuple[Tensor, Tensor],
+    up: tuple[Tensor, Tensor | None],
     parallel: bool,
 ) -> Relaxation:
     """Slopes and intercepts of the reference lines of bent units joined to those of the others."""

@@ -13,7 +13,6 @@ where the activation is a straight line. So a row's way back costs one product, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,17 +42,17 @@ class Relaxation:
     low_slope: Tensor
     low_gap: Tensor
     up_slope: Tensor
-    up_gap: Tensor
+    up_gap: Tensor | None
+    """None: 0, as the reference line is the one above."""
     parallel: bool
     """Whether both lines have one slope and equal gaps, so that one row serves both of its sides."""
 
     @classmethod
-    def of_straight(
-        cls, slope: Tensor, lift: Tensor | None, unit: Tensor, *, parallel: bool = False
-    ) -> Relaxation:
-        """Reference lines alone, of units that do not bend; those in ``unit`` have their lines to come."""
+    def straight(cls, slope: Tensor, lift: Tensor | None, *, parallel: bool) -> Relaxation:
+        """No unit bends."""
         none = slope.new_empty(0)
-        return cls(slope, lift, unit, none, none, none, none, parallel)
+        unit = torch.empty(0, dtype=torch.int64, device=slope.device)
+        return cls(slope, lift, unit, none, none, none, none if parallel else None, parallel)
 
     def restricted(self, samples: Tensor, place: Tensor) -> tuple[Relaxation, Tensor]:
         """The same for some samples; ``place`` (batch,) is each one's new index, or -1. Also a mask of kept units."""
@@ -61,7 +60,8 @@ class Relaxation:
         sample = place[self.unit // size]
         kept = sample >= 0
         low_slope, low_gap = self.low_slope[..., kept], self.low_gap[..., kept]
-        up_slope, up_gap = self.up_slope[..., kept], self.up_gap[..., kept]
+        up_slope = self.up_slope[..., kept]
+        up_gap = None if self.up_gap is None else self.up_gap[..., kept]
         unit = (sample * size + self.unit % size)[kept]
         lift = None if self.lift is None else self.lift[samples]
         some = Relaxation(
@@ -76,7 +76,8 @@ class Relaxation:
     @property
     def errors(self) -> Tensor:
         """How far the output may lie from the reference line of parallel ones: (batch, *shape)."""
-        return self._fields[3]
+        assert self.up_gap is not None
+        return self._field(self.up_gap)
 
     def transpose(self, rows: Rows) -> tuple[Rows, Tensor]:
         """Rows on the output as rows on the input, and how much lower the lines let them fall: (rows,), >= 0."""
@@ -86,51 +87,49 @@ class Relaxation:
         if len(self.unit) > DENSE_SHARE * self.slope.numel():
             return self._dense(rows)
         entry, unit = self._entries(rows)
-        values = _channels_last(rows.values)
-        shape, size = values.shape, values[:1].numel()
-        if rows.each and rows.window is None:
-            # One slope for all rows of a sample: it need not be copied for each.
-            slope = _channels_last(self.slope.detach()).view(len(self.slope), 1, size)
-            flat = values.view(len(slope), rows.each, size)
-        else:
-            slope, flat = _channels_last(rows.gather(self.slope.detach())).flatten(1), values.view(-1, size)
-        row = entry // max(1, size)
+        flat, (slope,) = _aligned(rows, self.slope.detach())
+        row = entry // max(1, flat.shape[-1])
         if self.parallel:
             scaled, fall = _Parallel.apply(flat, slope, entry, row, unit, self.low_slope, self.up_gap)
         else:
             if self.low_slope.dim() == 2:
                 assert rows.function is not None
                 unit = rows.function[row] * len(self.unit) + unit
-            lines = [line.reshape(-1) for line in (self.low_slope, self.low_gap, self.up_slope, self.up_gap)]
+            low_slope, low_gap, up_slope = (
+                line.reshape(-1) for line in (self.low_slope, self.low_gap, self.up_slope)
+            )
+            up_gap = None if self.up_gap is None else self.up_gap.reshape(-1)
+            lines = (low_slope, low_gap, up_slope, up_gap)
             scaled, fall = _TwoLines.apply(flat, slope, entry, row, unit, *lines)
-        scaled = scaled.view(shape)
-        if rows.values.dim() == 4:
-            scaled = scaled.permute(0, 3, 1, 2)
-        return replace(rows, values=scaled, spills=False), fall
+        return _restored(rows, scaled), fall
 
     def _dense(self, rows: Rows) -> tuple[Rows, Tensor]:
-        """The same by whole fields."""
-        low_slope, low_gap, up_slope, up_gap = self._fields
+        """The same by whole fields: a base for every coefficient, and a turn and a gap for |a| or max(a, 0)."""
         if self.parallel:
-            return rows.multiply(low_slope), rows.weigh(up_gap)
-        positive, negative = rows.values.clamp_min(0), rows.values.clamp_max(0)
-        # Each side is 0 where the other is not.
-        above, below = rows.with_values(positive), rows.with_values(negative)
-        fall = above.multiply(low_gap).values + below.multiply(up_gap).values
-        scaled = above.multiply(low_slope).values + below.multiply(up_slope).values
-        return replace(rows, values=scaled, spills=False), -fall.flatten(1).sum(1)
+            flat, (base, gap) = _aligned(rows, self._field(self.low_slope, self.slope), self.errors)
+            turn, lift = None, None
+        else:
+            up_gap = self.up_gap
+            fields = [
+                self._field(self.up_slope, self.slope),
+                self._field(self.low_slope - self.up_slope),
+                self._field(self.low_gap if up_gap is None else self.low_gap - up_gap),
+            ]
+            if up_gap is not None:
+                fields.append(self._field(up_gap))
+            flat, (base, turn, gap, *rest) = _aligned(rows, *fields)
+            gap, lift = -gap, -rest[0] if rest else None
+        scaled, fall = _Dense.apply(flat, base, turn, gap, lift, self.parallel)
+        return _restored(rows, scaled), fall
 
-    @cached_property
-    def _fields(self) -> tuple[Tensor, ...]:
-        """The four line tensors for all units: (batch, *shape), or (functions, batch, *shape)."""
-        flat = self.slope.reshape(-1)
-        bases = (flat, torch.zeros_like(flat), flat, torch.zeros_like(flat))
-        lines = (self.low_slope, self.low_gap, self.up_slope, self.up_gap)
-        fields = []
-        for base, line in zip(bases, lines, strict=True):
-            base = base.expand(*line.shape[:-1], -1)
-            fields.append(base.index_copy(-1, self.unit, line).view(*line.shape[:-1], *self.slope.shape))
-        return tuple(fields)
+    def _field(self, line: Tensor, others: Tensor | None = None) -> Tensor:
+        """A line tensor with the value 0, or that of another field, at units that do not bend.
+
+        (batch, *shape), or (functions, batch, *shape).
+        """
+        base = torch.zeros_like(self.slope) if others is None else others
+        base = base.reshape(-1).expand(*line.shape[:-1], -1)
+        return base.index_copy(-1, self.unit, line).view(*line.shape[:-1], *self.slope.shape)
 
     def _entries(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Which coefficients (flat, channels last) stand on which bent unit (index into `unit`)."""
@@ -166,6 +165,30 @@ def _channels_last(values: Tensor) -> Tensor:
     return (values.permute(0, 2, 3, 1) if values.dim() == 4 else values).contiguous()
 
 
+def _aligned(rows: Rows, *fields: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Coefficients and per-sample fields side by side: (samples, rows of each, size) and (samples, 1, size).
+
+    Where samples have different numbers of rows, every row counts as a sample.
+    """
+    values = _channels_last(rows.values)
+    size = values[:1].numel()
+    if rows.each and rows.window is None and fields[0].dim() == len(rows.shape) + 1:
+        # One field for all rows of a sample: it need not be copied for each.
+        known = tuple(_channels_last(field).view(len(field), 1, size) for field in fields)
+        return values.view(len(fields[0]), rows.each, size), known
+    return values.view(len(values), 1, size), tuple(
+        _channels_last(rows.gather(field)).view(-1, 1, size) for field in fields
+    )
+
+
+def _restored(rows: Rows, scaled: Tensor) -> Rows:
+    """Aligned coefficients in the shape of the rows."""
+    if rows.values.dim() == 4:
+        count, channels, height, width = rows.values.shape
+        scaled = scaled.view(count, height, width, channels).permute(0, 3, 1, 2)
+    return replace(rows, values=scaled.view(rows.values.shape), spills=False)
+
+
 class _Parallel(torch.autograd.Function):
     """values * slope and sum |value| * gap, with gradients to slopes and gaps at bent units only.
 
@@ -184,8 +207,8 @@ class _Parallel(torch.autograd.Function):
         unit_slope: Tensor,
         unit_gap: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """values (rows, size) or (samples, rows, size), contiguous, slope broadcastable to it; entry, row and unit
-        (met,); the last two (units,)."""
+        """values (samples, rows, size), contiguous, slope (samples or 1, 1, size); entry, row and unit (met,); the last
+        two (units,)."""
         met = values.view(-1)[entry]
         rows = values.shape[:-1].numel()
         fall = values.new_zeros(rows).index_add(0, row, met.abs() * unit_gap[unit])
@@ -223,18 +246,18 @@ class _TwoLines(torch.autograd.Function):
         low_slope: Tensor,
         low_gap: Tensor,
         up_slope: Tensor,
-        up_gap: Tensor,
+        up_gap: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Shapes as in `_Parallel`; the four lines (units,), flattened where functions have lines of their own."""
         met = values.view(-1)[entry]
         above = met > 0
         picked = torch.where(above, low_slope[unit], up_slope[unit])
-        gap = torch.where(above, low_gap[unit], up_gap[unit])
+        gap = low_gap[unit] * above if up_gap is None else torch.where(above, low_gap[unit], up_gap[unit])
         scaled = values * slope
         scaled.view(-1)[entry] = met * picked
         fall = values.new_zeros(values.shape[:-1].numel()).index_add(0, row, -met * gap)
         ctx.save_for_backward(slope, entry, unit, met, row, picked, gap)
-        ctx.units = len(low_slope)
+        ctx.units, ctx.level = len(low_slope), up_gap is None
         return scaled, fall
 
     @staticmethod
@@ -249,8 +272,89 @@ class _TwoLines(torch.autograd.Function):
         to_values.view(-1)[entry] = at_entry * picked - at_row * gap
         none = from_values.new_zeros(ctx.units)
         positive, negative = met.clamp_min(0), met.clamp_max(0)
-        lines = [
+        lines: list[Tensor | None] = [
             none.index_add(0, unit, part)
             for part in (at_entry * positive, -at_row * positive, at_entry * negative, -at_row * negative)
         ]
+        if ctx.level:
+            lines[3] = None
         return to_values, None, None, None, None, *lines
+
+
+CACHED = 1 << 17
+"""How many coefficients of a dense relaxation are worked on at once: 512 KiB of float32, so that they stay in cache."""
+
+
+class _Dense(torch.autograd.Function):
+    """values * base + h * turn, and sum (h * gap + values * lift), where h = |values| or max(values, 0).
+
+    Written by hand, a few samples at a time: a dozen passes over all coefficients, forward and backward, are bound by
+    memory, and several times as fast in cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        base: Tensor,
+        turn: Tensor | None,
+        gap: Tensor,
+        lift: Tensor | None,
+        absolute: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """values (samples, rows, size), contiguous; the fields (samples or 1, 1, size), turn and lift None for 0."""
+        scaled = torch.empty_like(values)
+        fall = values.new_empty(values.shape[:-1])
+        for part in _parts(values):
+            v, bent = values[part], (values[part].abs() if absolute else values[part].relu())
+            torch.mul(v, _at(base, part), out=scaled[part])
+            if turn is not None:
+                scaled[part].addcmul_(bent, _at(turn, part))
+            fall[part] = _dot(bent, _at(gap, part))
+            if lift is not None:
+                fall[part] += _dot(v, _at(lift, part))
+        ctx.save_for_backward(values, base, turn, gap, lift)
+        ctx.absolute = absolute
+        return scaled, fall.view(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both outputs to values and the fields."""
+        values, base, turn, gap, lift = ctx.saved_tensors
+        from_scaled, from_fall = gradients[0].contiguous(), gradients[1].view(*values.shape[:-1], 1)
+        to_values = torch.empty_like(values)
+        to = [None if field is None else torch.zeros_like(field) for field in (base, turn, gap, lift)]
+        for part in _parts(values):
+            v, g, f = values[part], from_scaled[part], from_fall[part]
+            bent = v.abs() if ctx.absolute else v.relu()
+            turned = f * _at(gap, part)
+            if turn is not None:
+                turned.addcmul_(g, _at(turn, part))
+            turned.mul_(v.sign() if ctx.absolute else bent.sign())
+            turned.addcmul_(g, _at(base, part))
+            if lift is not None:
+                turned.addcmul_(f, _at(lift, part))
+            to_values[part] = turned
+            # Over the rows of a sample, or over all rows where one field serves them all.
+            for field, left, right in zip(to, (g, g, f, f), (v, bent, bent, v), strict=True):
+                if field is not None:
+                    where = part if len(field) > 1 else slice(0, 1)
+                    total = left.mT @ right if left is f else (left * right).sum(1, keepdim=True)
+                    field[where] += total if len(field) > 1 else total.sum(0, keepdim=True)
+        return to_values, *to, None
+
+
+def _parts(values: Tensor) -> list[slice]:
+    """Samples whose coefficients fit into cache together."""
+    step = max(1, CACHED // max(1, values[:1].numel()))
+    return [slice(start, start + step) for start in range(0, len(values), step)]
+
+
+def _at(field: Tensor, part: slice) -> Tensor:
+    return field[part] if len(field) > 1 else field
+
+
+def _dot(values: Tensor, field: Tensor) -> Tensor:
+    """(samples, rows, size) and (samples or 1, 1, size) to (samples, rows)."""
+    return (values @ field.mT)[..., 0]

@@ -155,7 +155,7 @@ class Rows:
     def reshape(self, shape: tuple[int, ...]) -> Rows:
         """The same linear functions on values of another shape for one sample."""
         rows = self.dense()
-        return self.onto(rows.values.reshape(-1, *shape), shape)
+        return rows.onto(rows.values.reshape(-1, *shape), shape)
 
 
 def unit_rows(unit: Tensor, shape: tuple[int, ...], sample: Tensor | None, dtype: torch.dtype) -> Rows:

@@ -49,6 +49,9 @@ class Activation(Protocol):
     def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Slopes of a line below and a line above f that leave little area between them and f."""
 
+    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The lines of `tight`: slope and intercept below, slope and intercept above."""
+
 
 def _extremes_at(function: Function, slope: Tensor, points: list[Tensor]) -> tuple[Tensor, Tensor]:
     excess = torch.stack([function(point) - slope * point for point in points])
@@ -67,8 +70,18 @@ def _least_area(f: Activation, candidates: Tensor, lower: Tensor, upper: Tensor)
     return candidates.gather(0, below)[0], candidates.gather(0, above)[0]
 
 
+class _Lines:
+    """What follows from `tight` and `extremes`."""
+
+    def lines(self: Activation, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The lines of `tight`: slope and intercept below, slope and intercept above."""
+        below, above = self.tight(lower, upper)
+        least, largest = self.extremes(below, lower, upper)[0], self.extremes(above, lower, upper)[1]
+        return below, least, above, largest
+
+
 @dataclass(frozen=True)
-class PiecewiseLinear:
+class PiecewiseLinear(_Lines):
     """A continuous function of straight pieces: leaky ReLU, clamps, hard sigmoid.
 
     Args:
@@ -163,9 +176,14 @@ class Relu(PiecewiseLinear):
         """Below, slope 1 where u > -l, else 0 (CROWN's adaptive choice: the lesser area); above, the chord."""
         return (upper > -lower).to(lower.dtype), self.parallel(lower, upper)[0]
 
+    def lines(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both lines below pass through the origin; the chord meets f at both ends."""
+        chord, zero, height = self.parallel(lower, upper)
+        return (upper > -lower).to(lower.dtype), zero, chord, height
+
 
 @dataclass(frozen=True)
-class Smooth:
+class Smooth(_Lines):
     """A function whose slope rises or falls steadily between a few known places.
 
     `extremes` is sound by this argument. Let g(z) = f(z) - s z on [l, u]. Cut [l, u] at `inflections`. On each part f'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Pair = tuple[int, int]
@@ -32,10 +33,14 @@ class MaxPool2d:
 
     def value(self, z: Tensor) -> Tensor:
         """The largest of each window: (batch, *input_shape) to (batch, *output_shape)."""
-        return self._reduce(self.windows(z, -torch.inf))
-
-    def _reduce(self, windows: Tensor) -> Tensor:
-        return windows.amax(2).view(len(windows), *self.output_shape)
+        least = [
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(
+                self.input_shape[1:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        ]
+        ceil = tuple(least) != self.output_shape[1:]
+        return F.max_pool2d(z, self.kernel, self.stride, self.padding, self.dilation, ceil)
 
     def range(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled lower and the pooled upper bounds: exact over a box."""
@@ -52,20 +57,21 @@ class MaxPool2d:
 
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Flat index into a channel of each window's places, and which of them lie on the map: (places, outputs)."""
-        axes = []
-        for axis in (0, 1):
-            start = torch.arange(self.output_shape[1 + axis], device=device) * self.stride[axis]
-            step = torch.arange(self.kernel[axis], device=device) * self.dilation[axis]
-            axes.append(start[None] + step[:, None] - self.padding[axis])
-        (rows, columns), (height, width) = axes, self.input_shape[1:]
-        on_map = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[
-            None, :, None
-        ]
+        (rows, in_rows), (columns, in_columns) = (self._axis(axis, device) for axis in (0, 1))
+        inside = in_rows[:, None, :, None] & in_columns[None, :, None]
+        height, width = self.input_shape[1:]
         index = (
             rows.clamp(0, height - 1)[:, None, :, None] * width + columns.clamp(0, width - 1)[None, :, None]
         )
         places, outputs = len(rows) * len(columns), rows.shape[1] * columns.shape[1]
-        return index.reshape(places, outputs), on_map.reshape(places, outputs)
+        return index.reshape(places, outputs), inside.reshape(places, outputs)
+
+    def _axis(self, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows or columns of each window, and which of them lie on the map: (places, outputs) each."""
+        start = torch.arange(self.output_shape[1 + axis], device=device) * self.stride[axis]
+        step = torch.arange(self.kernel[axis], device=device) * self.dilation[axis]
+        place = start + step[:, None] - self.padding[axis]
+        return place, (place >= 0) & (place < self.input_shape[1 + axis])
 
     def contenders(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Which inputs may be the largest of a window that has several such: bool (batch, *input_shape)."""
@@ -95,6 +101,25 @@ class MaxPool2d:
         return chosen.view(shape), (rivals - best).relu().view(shape), high.amax(2).view(shape)
 
 
+@dataclass(frozen=True)
+class AdaptiveMaxPool2d(MaxPool2d):
+    """Windows that start at floor(i * n / m) and end before ceil((i + 1) * n / m): n places, m outputs.
+
+    The other arguments hold the largest window.
+    """
+
+    def value(self, z: Tensor) -> Tensor:
+        """As `MaxPool2d.value`."""
+        return F.adaptive_max_pool2d(z, list(self.output_shape[1:]))
+
+    def _axis(self, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        count, outputs = self.input_shape[1 + axis], self.output_shape[1 + axis]
+        output = torch.arange(outputs, device=device)
+        start, end = output * count // outputs, ((output + 1) * count + outputs - 1) // outputs
+        place = start + torch.arange(self.kernel[axis], device=device)[:, None]
+        return place, place < end
+
+
 def max_pool(
     kernel: int | Pair,
     stride: int | Pair | None,
@@ -114,10 +139,11 @@ def max_pool(
     )
 
 
-def adaptive_max_pool(input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> MaxPool2d | None:
-    """Adaptive max pooling where its windows are all alike, else None."""
-    sizes = list(zip(input_shape[1:], output_shape[1:], strict=True))
-    if any(n % m for n, m in sizes):
-        return None
-    kernel = (sizes[0][0] // sizes[0][1], sizes[1][0] // sizes[1][1])
-    return MaxPool2d(kernel, kernel, (0, 0), (1, 1), input_shape, output_shape)
+def adaptive_max_pool(input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> AdaptiveMaxPool2d:
+    """Adaptive max pooling of any size."""
+    height, width = (
+        max(-(-(i + 1) * n // m) - i * n // m for i in range(m))
+        for n, m in zip(input_shape[1:], output_shape[1:], strict=True)
+    )
+    kernel = (height, width)
+    return AdaptiveMaxPool2d(kernel, kernel, (0, 0), (1, 1), input_shape, output_shape)

@@ -111,6 +111,13 @@ class Traced:
         """Whether a call returns a tensor."""
         return isinstance(self._shapes[node], Returned)
 
+    def holds_tensors(self, node: fx.Node) -> bool:
+        """Whether a call returns a tensor, or several of them."""
+        found = self._shapes[node]
+        return self.is_tensor(node) or (
+            isinstance(found, tuple | list) and any(isinstance(part, Tensor) for part in found)
+        )
+
     def constant(self, user: fx.Node, value: Any) -> Callable[[], Any]:
         """A reader of an argument of a call that does not depend on the image, as it is at that time.
 

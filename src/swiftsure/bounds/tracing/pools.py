@@ -64,19 +64,16 @@ def adaptive_max_pool(dims: int) -> Rule:
         if call.argument("return_indices", 2, False):
             raise call.refusal("it returns indices")
         before, after = _as_maps(call, dims)
-        pool = ops.adaptive_max_pool(before, after)
-        if pool is None:
-            raise call.refusal(f"{before[1:]} does not divide into {after[1:]}")
-        return _on_maps(call, pool, before, after)
+        return _on_maps(call, ops.adaptive_max_pool(before, after), before, after)
 
     return rule
 
 
 def largest(call: Call) -> int:
     """The largest value of each map."""
-    axes, shape = call.argument("dim", 1, ()), call.shape()
+    dims, shape = call.argument("dim", 1, ()), call.shape()
     call.argument("keepdim", 2)
-    if len(shape) != 3 or sorted(axis % 4 for axis in axes(axes, 1)) != [2, 3]:
+    if len(shape) != 3 or sorted(axis % 4 for axis in axes(dims, 1)) != [2, 3]:
         raise call.refusal("only over both axes of a map has one")
     size, after = (shape[1], shape[2]), (shape[0], 1, 1)
     pool = call.append(ops.max_pool(size, size, (0, 0), (1, 1), shape, after), after)

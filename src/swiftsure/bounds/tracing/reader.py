@@ -78,7 +78,7 @@ def _read(traced: Traced) -> Graph:
             graph = Graph(done.nodes, [done.index[out] for out in outputs], single)
             _require_faithful(graph, traced)
             return graph
-        elif node in traced.live and traced.is_tensor(node):
+        elif node in traced.live and traced.holds_tensors(node):
             _translate(Call(traced, done, node))
     raise InputError("the network returns nothing")
 
