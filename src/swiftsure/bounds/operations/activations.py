@@ -63,10 +63,11 @@ def _least_area(f: Activation, candidates: Tensor, lower: Tensor, upper: Tensor)
 
     The area between a line and f over an interval depends on the line's height at the middle alone.
     """
-    middle = (lower + upper) / 2
-    least, largest = f.extremes(candidates, lower, upper)
-    height = candidates * middle
-    below, above = (height + least).argmax(0, keepdim=True), (height + largest).argmin(0, keepdim=True)
+    with torch.no_grad():
+        least, largest = f.extremes(candidates, lower, upper)
+        height = candidates * ((lower + upper) / 2)
+        below, above = (height + least).argmax(0, keepdim=True), (height + largest).argmin(0, keepdim=True)
+    # The choice has no gradient, the slope chosen has.
     return candidates.gather(0, below)[0], candidates.gather(0, above)[0]
 
 
@@ -136,15 +137,14 @@ class PiecewiseLinear(_Lines):
 
     def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The best line of all: a side of the convex hull of f's corners, so a chord between two of them."""
-        with torch.no_grad():
-            corners = self._corners(lower, upper)
-            heights = self.function(corners)
-            first, second = torch.triu_indices(len(corners), len(corners), 1, device=lower.device)
-            width = corners[second] - corners[first]
-            chords = (heights[second] - heights[first]) / width.clamp_min(torch.finfo(lower.dtype).tiny)
-            # Corners that coincide have no chord; a slope of f's own stands in for it.
-            chords = chords.where(width > 0, max(self.slopes))
-            return _least_area(self, chords, lower, upper)
+        corners = self._corners(lower, upper)
+        heights = self.function(corners)
+        first, second = torch.triu_indices(len(corners), len(corners), 1, device=lower.device)
+        width = corners[second] - corners[first]
+        # Corners that coincide have no chord, and near ones none but noise; a slope of f's own stands in for it.
+        apart = width > _NEAR
+        chords = ((heights[second] - heights[first]) / width.where(apart, 1.0)).where(apart, max(self.slopes))
+        return _least_area(self, chords, lower, upper)
 
 
 class Relu(PiecewiseLinear):
@@ -248,23 +248,23 @@ class Smooth(_Lines):
 
     def _chord(self, lower: Tensor, upper: Tensor) -> Tensor:
         width = upper - lower
-        chord = (self.function(upper) - self.function(lower)) / width.clamp_min(torch.finfo(lower.dtype).tiny)
         # Over a very short interval the quotient is noise.
-        return chord.where(width > 1e-4, self.derivative((lower + upper) / 2))
+        wide = width > 1e-4
+        chord = (self.function(upper) - self.function(lower)) / width.where(wide, 1.0)
+        return chord.where(wide, self.derivative((lower + upper) / 2))
 
     def parallel(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of some slopes the one whose two lines lie closest."""
+        slopes = self._candidates(lower, upper)
         with torch.no_grad():
-            slopes = self._candidates(lower, upper)
             least, largest = self.extremes(slopes, lower, upper)
             best = (largest - least).argmin(0, keepdim=True)
-            slope = slopes.gather(0, best)[0]
+        slope = slopes.gather(0, best)[0]
         return (slope, *self.extremes(slope, lower, upper))
 
     def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """The best of the chord and of tangents at some points."""
-        with torch.no_grad():
-            return _least_area(self, self._candidates(lower, upper), lower, upper)
+        return _least_area(self, self._candidates(lower, upper), lower, upper)
 
     def _candidates(self, lower: Tensor, upper: Tensor) -> Tensor:
         share = torch.linspace(0, 1, _TANGENTS, dtype=lower.dtype, device=lower.device)
@@ -274,6 +274,7 @@ class Smooth(_Lines):
 
 _HALVINGS = 20
 _SLIVER = 1e-6
+_NEAR = 1e-6
 _TANGENTS = 9
 
 
