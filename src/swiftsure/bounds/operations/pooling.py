@@ -81,7 +81,7 @@ class MaxPool2d:
         index, inside = self._places(lower.device)
         reaches &= inside
         reaches &= reaches.sum(2, keepdim=True) > 1
-        counts = torch.zeros(*lower.shape[:2], lower[0, 0].numel(), device=lower.device)
+        counts = torch.zeros(*lower.shape[:2], self.input_shape[1] * self.input_shape[2], device=lower.device)
         flat = index.flatten().expand(*lower.shape[:2], -1)
         return counts.scatter_add_(2, flat, reaches.flatten(2).to(counts)).view(lower.shape) > 0
 
