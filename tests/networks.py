@@ -28,6 +28,20 @@ RELU: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.relu": torch.relu,
     "x.relu()": lambda x: x.relu(),
 }
+BENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "x.clamp": lambda x: x.clamp(-0.5, 0.7),
+    "F.hardtanh": F.hardtanh,
+    "F.relu6": F.relu6,
+    "F.hardsigmoid": F.hardsigmoid,
+    "torch.sigmoid": torch.sigmoid,
+    "x.tanh()": lambda x: x.tanh(),
+    "F.gelu": F.gelu,
+    "F.silu": F.silu,
+    "F.hardswish": F.hardswish,
+    "F.softplus": F.softplus,
+}
+"""Activations other than ReLU."""
 ADD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "x + y": lambda x, y: x + y,
     "torch.add": torch.add,
@@ -78,6 +92,17 @@ class Residual(nn.Module):
         return self.add
 
 
+class Joined(nn.Module):
+    """The channels or features of several branches side by side."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
 class Twice(nn.Module):
     """One module used two times with a relu between."""
 
@@ -109,6 +134,10 @@ class Case:
     x: Tensor
     y: Tensor
     ball: Ball
+
+    def double(self) -> Case:
+        """The same in float64."""
+        return Case(self.net.double(), self.x.double(), self.y, self.ball)
 
 
 def randomise(net: nn.Module, generator: torch.Generator, gain: float = 1.0) -> nn.Module:
@@ -193,9 +222,48 @@ def _residual(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[nn.Module, tuple
     return nn.Sequential(Residual(nn.Sequential(*body), skip, add), draw(_relu())), after
 
 
+def _bent() -> st.SearchStrategy[nn.Module]:
+    return st.builds(Spelled, st.just(BENT), st.sampled_from(sorted(BENT)))
+
+
+def _size_after(shape: tuple[int, ...], layer: nn.Module) -> tuple[int, ...]:
+    return tuple(layer(torch.zeros(1, *shape)).shape[1:])
+
+
 @st.composite
-def _spatial_step(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
-    kind = draw(st.sampled_from(["conv", "conv", "relu", "residual", "batch norm", "twice", "nothing"]))
+def _pool(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+    """Max and average pooling."""
+    kernel = tuple(draw(st.integers(1, min(3, size))) for size in shape[1:])
+    stride = draw(st.tuples(*[st.integers(1, 2)] * 2))
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    ceil = draw(st.booleans())
+    kind = draw(st.sampled_from(["max", "max", "average", "to one"]))
+    if kind == "max":
+        layer: nn.Module = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
+    elif kind == "average":
+        layer = nn.AvgPool2d(kernel, stride, padding, ceil, draw(st.booleans()))
+    else:
+        layer = nn.AdaptiveAvgPool2d(1)
+    return layer, _size_after(shape, layer)
+
+
+@st.composite
+def _joined(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[int, ...]]:
+    out, smooth = draw(st.integers(1, 2)), draw(_bent())
+    branches: list[nn.Module] = [nn.Sequential(_same(shape[0], out), draw(_relu()))]
+    branches += draw(
+        st.sampled_from([[nn.Identity()], [_same(shape[0], 1)], [nn.Sequential(_same(shape[0], 1), smooth)]])
+    )
+    return Joined(*branches), (
+        shape[0] + out if isinstance(branches[1], nn.Identity) else 1 + out,
+        *shape[1:],
+    )
+
+
+@st.composite
+def _spatial_step(draw: st.DrawFn, shape: tuple[int, ...], plain: bool) -> tuple[nn.Module, tuple[int, ...]]:
+    kinds = ["conv", "conv", "relu", "residual", "batch norm", "twice", "nothing"]
+    kind = draw(st.sampled_from(kinds if plain else [*kinds, "pool", "pool", "bent", "joined"]))
     if kind == "conv":
         conv, after = draw(_conv(shape))
         # Two affine layers in a row have one combined matrix, whose entries may cancel.
@@ -208,11 +276,20 @@ def _spatial_step(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[nn.Module, t
         return Twice(_same(shape[0], shape[0], draw(st.sampled_from([1, shape[0]])))), shape
     if kind == "relu":
         return draw(_relu(fresh=False)), shape
+    if kind == "pool":
+        conv, after = draw(_conv(shape))
+        pool, after = draw(_pool(after))
+        # After a ReLU many inputs of a window have the same lower bound, 0.
+        return nn.Sequential(conv, *draw(st.permutations([pool, draw(_relu())]))), after
+    if kind == "bent":
+        return nn.Sequential(_same(shape[0], shape[0]), draw(_bent())), shape
+    if kind == "joined":
+        return draw(_joined(shape))
     return draw(st.sampled_from([nn.Identity, lambda: nn.Dropout(0.4), FunctionalDropout]))(), shape
 
 
 @st.composite
-def _head(draw: st.DrawFn, shape: tuple[int, ...], classes: int) -> nn.Module:
+def _head(draw: st.DrawFn, shape: tuple[int, ...], classes: int, plain: bool) -> nn.Module:
     """Flatten in some spelling, linear layers, logits from a last linear layer."""
     flatten = st.builds(Spelled, st.just(FLATTEN), st.sampled_from(sorted(FLATTEN))) | st.builds(nn.Flatten)
     features = int(torch.Size(shape).numel())
@@ -220,19 +297,26 @@ def _head(draw: st.DrawFn, shape: tuple[int, ...], classes: int) -> nn.Module:
     for _ in range(draw(st.integers(0, 2))):
         width = draw(st.integers(1, 6))
         layers.append(nn.Linear(features, width, bias=draw(st.booleans())))
-        order = draw(st.sampled_from(["relu", "relu", "norm, relu", "relu, norm", "dropout"]))
-        for word in order.split(", "):
-            layers.append(
-                {"relu": draw(_relu()), "norm": nn.BatchNorm1d(width), "dropout": nn.Dropout(0.5)}[word]
-            )
-        features = width
+        orders = ["relu", "relu", "norm, relu", "relu, norm", "dropout"]
+        for word in draw(st.sampled_from(orders if plain else [*orders, "bent", "joined"])).split(", "):
+            steps: dict[str, Callable[[], nn.Module]] = {
+                "relu": lambda: draw(_relu()),
+                "norm": lambda width=width: nn.BatchNorm1d(width),
+                "dropout": lambda: nn.Dropout(0.5),
+                "bent": lambda: draw(_bent()),
+                "joined": lambda width=width: Joined(nn.Linear(width, 2), nn.ReLU()),
+            }
+            layers.append(steps[word]())
+        features = width + 2 if isinstance(layers[-1], Joined) else width
     layers.append(nn.Linear(features, classes, bias=draw(st.booleans())))
     return nn.Sequential(*layers)
 
 
 @st.composite
-def nets(draw: st.DrawFn, exits: int | None = None) -> tuple[nn.Module, tuple[int, ...], int]:
-    """A net with random weights, the shape of its images and its number of classes."""
+def nets(
+    draw: st.DrawFn, exits: int | None = None, plain: bool = False
+) -> tuple[nn.Module, tuple[int, ...], int]:
+    """A net with random weights, the shape of its images and its number of classes; if plain, ReLU alone bends."""
     shape = image_shape = (draw(st.integers(1, 2)), draw(st.integers(2, 4)), draw(st.integers(2, 4)))
     classes = draw(st.integers(2, 4))
     trunk: list[nn.Module] = []
@@ -245,16 +329,16 @@ def nets(draw: st.DrawFn, exits: int | None = None) -> tuple[nn.Module, tuple[in
     def grow(layers: list[nn.Module], most: int) -> list[nn.Module]:
         nonlocal shape
         for _ in range(draw(st.integers(0, most))):
-            layer, shape = draw(_spatial_step(shape))
+            layer, shape = draw(_spatial_step(shape, plain))
             layers.append(layer)
         return layers
 
     grow(trunk, 3)
     if exits == 1:
-        net: nn.Module = nn.Sequential(*trunk, *draw(_head(shape, classes)))
+        net: nn.Module = nn.Sequential(*trunk, *draw(_head(shape, classes, plain)))
     else:
-        early = draw(_head(shape, classes))
-        late = nn.Sequential(*grow([], 2), *draw(_head(shape, classes)))
+        early = draw(_head(shape, classes, plain))
+        late = nn.Sequential(*grow([], 2), *draw(_head(shape, classes, plain)))
         net = TwoExits(nn.Sequential(*trunk), early, late)
     seed, gain = draw(st.integers(0, 2**16)), draw(st.sampled_from([0.5, 1.0, 2.0]))
     randomise(net, torch.Generator().manual_seed(seed), gain)
@@ -269,9 +353,9 @@ def balls(draw: st.DrawFn) -> Ball:
 
 
 @st.composite
-def cases(draw: st.DrawFn, exits: int | None = None) -> Case:
+def cases(draw: st.DrawFn, exits: int | None = None, plain: bool = False) -> Case:
     """A net, one to three images in [0, 1] and in the ball's pixel range, labels, and a ball."""
-    net, shape, classes = draw(nets(exits))
+    net, shape, classes = draw(nets(exits, plain))
     ball = draw(balls())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     x = torch.rand(draw(st.integers(1, 3)), *shape, generator=generator)

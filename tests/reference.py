@@ -126,6 +126,12 @@ class Abstract:
 
     view = reshape
 
+    def clamp(self, low: float, high: float) -> Any:
+        return torch.clamp(self, low, high)
+
+    def tanh(self) -> Any:
+        return torch.tanh(self)
+
     def __add__(self, other: Any) -> Abstract:
         return self.plus(other)
 

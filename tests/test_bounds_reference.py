@@ -216,7 +216,7 @@ def test_gradients_equal_the_reference(name: str, ball: str) -> None:
 
 
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
-@given(networks.cases())
+@given(networks.cases(plain=True))
 def test_random_nets_equal_the_reference(case: networks.Case) -> None:
     # An interval that ends within a rounding error of zero may rightly be read either way.
     net, x = case.net.double(), case.x.double()
