@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 
 SUPPORTED = (
     "Linear, convolutions, batch norm, pooling, padding, upsampling, ReLU and other activations of one value, "
@@ -49,11 +49,7 @@ class Traced:
         with evaluating(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 self.expected = net(self.probe.clone())
-                tracer = fx.Tracer()
-                tracer.proxy_buffer_attributes = True  # or buffers would be frozen at today's values
-                module = fx.GraphModule(net, tracer.trace(net))
-                module.graph.eliminate_dead_code()
-                module.recompile()
+                module = _traced(net, probes)
                 seen = [_record(module, probe) for probe in probes]
             except Exception as error:
                 # fx and the network's own forward raise whatever they like; the user needs the one line.
@@ -178,6 +174,72 @@ class Traced:
             f"no bound rule for {self.where(node)}{details}{f' ({reason})' if reason else ''}; replace it by supported "
             f"operations ({SUPPORTED}), or bound the network up to it"
         )
+
+
+class _Undecided(Exception):
+    """A branch on shapes was met whose way is not known yet."""
+
+    def __init__(self, condition: fx.Node) -> None:
+        super().__init__("a branch on shapes")
+        self.condition = condition
+
+
+class _Tracer(fx.Tracer):
+    """Traces through branches that depend on shapes alone, where their ways are known.
+
+    Args:
+        ways: of the branches, in the order of their being met.
+    """
+
+    proxy_buffer_attributes = True  # or buffers would be frozen at today's values
+
+    def __init__(self, ways: list[bool]) -> None:
+        super().__init__()
+        self.ways = iter(ways)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """A known way; branches on data are the base class's, which refuses them."""
+        sized: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if _is_of_shapes(node, sized):
+                sized.add(node)
+        if obj.node not in sized:
+            return super().to_bool(obj)
+        for way in self.ways:
+            return way
+        raise _Undecided(obj.node)
+
+
+def _traced(net: nn.Module, probes: list[Tensor]) -> fx.GraphModule:
+    """The calls of a forward pass. Where it branches on shapes, it is traced again with the way that the probes take:
+    while fx traces, no module can be run."""
+    ways: list[bool] = []
+    while True:
+        tracer = _Tracer(ways)
+        try:
+            module = fx.GraphModule(net, tracer.trace(net))
+        except _Undecided as branch:
+            ways.append(_way(net, tracer.graph, branch.condition, probes))
+        else:
+            return _pruned(module)
+
+
+def _way(net: nn.Module, graph: fx.Graph, condition: fx.Node, probes: list[Tensor]) -> bool:
+    """What a condition is for the probes, which must agree."""
+    before, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    before.graph_copy(graph, copies)
+    before.output(copies[condition])
+    until = _pruned(fx.GraphModule(net, before))
+    first, *others = (bool(until(probe.clone())) for probe in probes)
+    if any(other != first for other in others):
+        raise InputError("the forward pass branches on the number of images")
+    return first
+
+
+def _pruned(module: fx.GraphModule) -> fx.GraphModule:
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 class Returned:
