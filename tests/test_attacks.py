@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from swiftsure.attacks import GradientReport, average, cross_entropy, fgsm, margin, misclassified, pgd, single
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 
 NORMS = ("inf", "2", "1")
 

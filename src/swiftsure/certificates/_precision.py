@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 
 
 def place(net: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -12,7 +12,7 @@ from swiftsure.attacks import pgd
 from swiftsure.ball import Ball
 from swiftsure.bounds import margins
 from swiftsure.data import ImageSet
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 from swiftsure.recipe import Loss, Schedule
 
 

@@ -18,7 +18,7 @@ from swiftsure.bounds import class_count, trace
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 from swiftsure.recipe import Attack, Loss, Optimizer, Schedule
 from swiftsure.training import state as states
 from swiftsure.training.check import check, chosen_epoch
