@@ -39,6 +39,9 @@ class Spelling:
     line: str = ""
     """Words that the refusal must hold."""
 
+    def __str__(self) -> str:
+        return self.name
+
     def body(self) -> nn.Module:
         torch.manual_seed(0)
         parts = {

@@ -190,6 +190,21 @@ def test_a_forward_hook_is_obeyed_or_refused() -> None:
     assert_true_to(net, images())
 
 
+def test_a_module_that_a_hook_changes_before_each_pass_is_refused() -> None:
+    """Its weight would be the last pass's, as old weight norms leave it there."""
+    net = small()
+    net[6].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    with pytest.raises(InputError, match="hook"):
+        bounds.output_bounds(net, images(), POINT)
+
+
+def test_bounds_follow_a_list_changed_in_place() -> None:
+    net, x = Body(lambda self, x: x * self.scales[0], scales=[2.0]), images()
+    assert_true_to(net, x)
+    net.scales[0] = 3.0
+    assert_true_to(net, x)
+
+
 class Deep(nn.Module):
     """An operation two modules down, to be found by its path."""
 
