@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from swiftsure.bounds import margins
     from swiftsure.certificates import certify
     from swiftsure.errors import InputError, SoundnessError
+    from swiftsure.exits import attach
     from swiftsure.models import load
     from swiftsure.training import fit
 
@@ -27,6 +28,7 @@ __all__ = [
     "InputError",
     "SoundnessError",
     "__version__",
+    "attach",
     "attacks",
     "bounds",
     "certificates",
@@ -46,6 +48,7 @@ _HOME = {
     "Ball": "swiftsure.ball",
     "InputError": "swiftsure.errors",
     "SoundnessError": "swiftsure.errors",
+    "attach": "swiftsure.exits",
     "certify": "swiftsure.certificates",
     "fit": "swiftsure.training",
     "load": "swiftsure.models",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.exits.counting import Count, cumulative, paper
+from swiftsure.exits.multi_exit import Answer, MultiExit, one_exit
+from swiftsure.modes import evaluating
 
 WARM_UP = 3
 """Runs before the clock counts: they allocate memory and let libraries choose their kernels."""
@@ -33,9 +36,40 @@ def static_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> int
     """
     image = _images(net, 1, input_shape)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluating(net), counter:
-        _run(net, image)
+    with torch.no_grad(), evaluating(net), counter, _understood(image):
+        net(image)
     return int(counter.get_total_flops()) // 2
+
+
+def exit_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> list[int]:
+    """Multiply-adds of one image that leaves at each exit: the trunk up to it and every head up to it.
+
+    A head that decided not to let an image go has run all the same. The last entry is `static_macs`.
+
+    Args:
+        net: a MultiExit; any other network that returns logits has one exit.
+        input_shape: (C, H, W); None: what ``net.config`` says.
+
+    Raises:
+        InputError: no shape is known, the network cannot take such images, or it returns several outputs and is no
+            MultiExit.
+    """
+    return cumulative(_counts(net, input_shape))
+
+
+def paper_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> list[float]:
+    """The cost of each exit as RDI-Nets (Hu et al. 2020) count it, in 2**20: convolutions only, earlier heads free.
+
+    It is less than what an image costs; `exit_macs` has that. Args and errors as there.
+    """
+    return paper(_counts(net, input_shape))
+
+
+def _counts(net: nn.Module, input_shape: Sequence[int] | None) -> list[tuple[Count, Count]]:
+    image = _images(net, 1, input_shape)
+    whole = net if isinstance(net, MultiExit) else one_exit(net)
+    with _understood(image):
+        return whole.counts(image.shape[1:])
 
 
 def parameters(net: nn.Module) -> int:
@@ -77,11 +111,42 @@ def latency_ms(
         for repeat in range(WARM_UP + repeats):
             _wait(images.device)
             start = time.perf_counter()
-            _run(net, images)
+            with _understood(images):
+                net(images)
             _wait(images.device)
             if repeat >= WARM_UP:
                 seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds) / batch
+
+
+def adaptive_latency_ms(net: MultiExit, images: Tensor, batch: int = 1, repeats: int = 5) -> float:
+    """Milliseconds a sample of ``net.adaptive``: the median over passes through all images, after a warm-up.
+
+    Which exits are taken depends on the images, so these are real ones.
+
+    Args:
+        net: with a policy; its modes stay as they are.
+        images: (n, C, H, W), n >= 1, on its device.
+        batch: images a call; a last, smaller batch is left out unless it is the only one.
+        repeats: passes that are timed.
+
+    Raises:
+        InputError: as `MultiExit.adaptive`; no image, or a batch or repeats below 1.
+    """
+    for name, value in (("batch", batch), ("repeats", repeats), ("the number of images", len(images))):
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} is {value!r}; allowed: an integer >= 1")
+    whole = max(batch, len(images) // batch * batch)
+    parts = images[:whole].split(batch)
+    seconds = []
+    for repeat in range(1 + repeats):
+        _wait(images.device)
+        start = time.perf_counter()
+        answers: list[Answer] = [net.adaptive(part) for part in parts]
+        _wait(images.device)
+        if repeat:
+            seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds) / sum(len(answer.label) for answer in answers)
 
 
 def _images(net: nn.Module, batch: int, input_shape: Sequence[int] | None) -> Tensor:
@@ -96,9 +161,17 @@ def _images(net: nn.Module, batch: int, input_shape: Sequence[int] | None) -> Te
     return torch.rand((batch, *input_shape), generator=generator).to(like.device, like.dtype)
 
 
-def _run(net: nn.Module, images: Tensor) -> None:
+@contextmanager
+def _understood(images: Tensor) -> Iterator[None]:
+    """What torch says of images that do not fit, in one line.
+
+    Raises:
+        InputError: the network cannot take them.
+    """
     try:
-        net(images)
+        yield
+    except InputError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         shape = tuple(images.shape[1:])

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from swiftsure.errors import InputError
+from swiftsure.exits.multi_exit import give_adaptive
 
 Builder = Callable[..., nn.Module]
 
@@ -53,7 +54,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
     Returns:
         The network; ``net.config`` holds name, options, input_shape [C, H, W] and classes, all that is needed
-        to build it again.
+        to build it again. ``net.adaptive(x)`` and ``net.policy`` are there whatever its number of exits.
 
     Raises:
         InputError: unknown name or option, or a value that the builder refuses.
@@ -73,4 +74,4 @@ def build(name: str, **options: Any) -> nn.Module:
         "input_shape": list(net.input_shape),  # type: ignore[arg-type]
         "classes": net.classes,
     }
-    return net
+    return give_adaptive(net)

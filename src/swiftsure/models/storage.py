@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import swiftsure.files as files
 from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit, Policy, attach_again, give_adaptive
 from swiftsure.models.registry import build
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -24,7 +25,8 @@ def save(net: nn.Module, folder: str | Path, **extra: Any) -> None:
     """Write ``folder/model.safetensors`` and ``folder/config.json``, each atomically.
 
     Args:
-        net: a network from `build` (it carries ``net.config``), or any module: then `load` needs ``model=``.
+        net: a network from `build` (it carries ``net.config``), or any module: then `load` needs ``model=``. Of a
+            `MultiExit` its policy is stored as well, and of an attached one its cuts and heads.
         folder: created if missing.
         extra: further plain JSON values for config.json (ball, versions, ...).
 
@@ -37,6 +39,7 @@ def save(net: nn.Module, folder: str | Path, **extra: Any) -> None:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": getattr(net, "config", None),
+        "policy": _policy_of(net),
         **extra,
     }
     files.write_json(folder / CONFIG, {**config, "weights_sha256": files.sha256(folder / WEIGHTS)})
@@ -60,16 +63,51 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     Args:
         folder: holds model.safetensors and config.json.
         model: the rebuilt module for a network that no name is registered for; its tensors' names, shapes and
-            types are checked strictly.
+            types are checked strictly. For a network that `attach` made it is the backbone, to which heads given by
+            name are attached again, or the whole `MultiExit`.
+
+    Returns:
+        The network; ``net.policy`` holds its thresholds (None for one exit, or where none were set), and
+        ``net.adaptive(x)`` answers for any number of exits.
 
     Raises:
         InputError: a file is missing, damaged or foreign, the architecture is unknown, or a tensor does not fit.
     """
     folder = Path(folder)
     config = read_config(folder)
+    model = _rebuilt(folder, config.get("model"), model)
+    policy = config.get("policy")
+    if policy is not None and not isinstance(model, MultiExit):
+        raise InputError(f"{folder / CONFIG} has thresholds of exits; the network has one exit")
+    load_state(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    if isinstance(model, MultiExit):
+        try:
+            model.policy = None if policy is None else Policy.from_dict(policy)
+        except InputError as error:
+            raise InputError(f"{folder / CONFIG}: {error}") from None
+    return give_adaptive(model).eval()
+
+
+def save_policy(net: MultiExit, folder: str | Path) -> None:
+    """Put the thresholds of a network into the config.json that it was saved with; nothing else changes.
+
+    Raises:
+        InputError: the folder holds no network, or cannot be written.
+    """
+    folder = Path(folder)
+    files.write_json(folder / CONFIG, {**read_config(folder), "policy": _policy_of(net)})
+
+
+def _policy_of(net: nn.Module) -> dict[str, Any] | None:
+    policy = getattr(net, "policy", None)
+    return policy.as_dict() if isinstance(policy, Policy) else None
+
+
+def _rebuilt(folder: Path, description: Any, model: nn.Module | None) -> nn.Module:
+    """The network that a config describes, with fresh weights, around the module that was passed, if any."""
+    described = isinstance(description, dict)
     if model is None:
-        description = config.get("model")
-        if not isinstance(description, dict) or "name" not in description:
+        if not described or "name" not in description:
             raise InputError(
                 f"{folder / CONFIG} names no architecture; pass the module: load({str(folder)!r}, model=...)"
             )
@@ -84,8 +122,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise InputError(
                 f"{folder / CONFIG} contradicts the architecture {description['name']!r} it names"
             )
-    load_state(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval()
+    if described and "exits" in description and not isinstance(model, MultiExit):
+        try:
+            return attach_again(model, description["exits"], description.get("input_shape"))
+        except InputError as error:
+            raise InputError(f"{folder / CONFIG}: {error}") from None
+    return model
 
 
 def read_config(folder: Path) -> dict[str, Any]:

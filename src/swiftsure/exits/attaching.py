@@ -1,0 +1,201 @@
+"""Side exits for any backbone that torch.fx can trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.errors import InputError
+from swiftsure.exits.counting import as_state
+from swiftsure.exits.cutting import cut
+from swiftsure.exits.heads import Description, build_head, described
+from swiftsure.exits.multi_exit import MultiExit
+from swiftsure.exits.placement import placed
+from swiftsure.exits.policies import Policy
+from swiftsure.exits.tracing import in_mode
+
+Head = nn.Module | str | Mapping[str, Any]
+
+
+def attach(
+    backbone: nn.Module,
+    exits: Mapping[str, Head] | int,
+    example: Tensor | None = None,
+    *,
+    policy: Policy | None = None,
+) -> MultiExit:
+    """Cut a backbone behind some of its modules, and give each cut a head of its own.
+
+    The weights of the trunk are the backbone's own, nothing is copied: training one trains the other. The last exit is
+    the backbone itself. Its forward pass is traced by torch.fx, only as deep as the cuts lie.
+
+    Args:
+        backbone: one batch of images (B, C, H, W) -> logits (B, classes); any module that torch.fx can trace, with
+            its own weights, mode and place, which it keeps.
+        exits: module names (as in ``backbone.named_modules()``) and their heads, in any order; a head is a module
+            (tensor -> logits), the name of a registered one ("linear", "pooled", "conv"), or a table of its kind and
+            options ({"kind": "conv", "width": 8}). Or a number K: K - 1 side exits at equal shares of the cost, whose
+            heads together cost about a tenth of the backbone, and the backbone's own.
+        example: an image or a batch of those the network will see; None: zeros of ``backbone.config``'s shape.
+        policy: when to leave; None until thresholds are known.
+
+    Returns:
+        A `MultiExit` with ``.backbone``, ``.stages`` and ``.heads``, exits in the order in which their modules run.
+        Its config rebuilds all heads that were given by name.
+
+    Raises:
+        InputError: an unknown module name, one that cannot be cut at, a head of other classes or one that does not take
+            what the module returns, a backbone that cannot be traced, or a policy of another number of exits.
+
+    Example:
+        >>> net = attach(backbone, {"layer1": "linear", "layer2": my_head}, example=x)
+        >>> net = attach(backbone, exits=6, example=x)
+    """
+    if isinstance(backbone, MultiExit):
+        raise InputError(f"the backbone has {backbone.exits} exits already; allowed: a network of one output")
+    config = getattr(backbone, "config", None)
+    config = dict(config) if isinstance(config, dict) else {}
+    example = _example(backbone, config, example)
+    probe = _probe(example)
+    expected = _answer(backbone, probe)
+    classes = expected.shape[1]
+    if not isinstance(exits, Mapping):
+        exits = placed(backbone, exits, example, classes)
+    names, stages = cut(backbone, list(exits), example)
+    # Until the heads are known, those of the side exits pass on what the stage returns.
+    net = MultiExit(stages, [nn.Identity() for _ in stages])
+    net.backbone = backbone
+    taps = _taps(net, probe)
+    descriptions: dict[str, Description | None] = {}
+    for place, (name, tap) in enumerate(zip(names, taps, strict=False)):
+        head = exits[name]
+        descriptions[name] = None if isinstance(head, nn.Module) else described(head)
+        if not isinstance(head, nn.Module):
+            head = build_head(described(head), tap.shape[1:], classes).to(tap.device, tap.dtype)
+            head.train(backbone.training)
+        _require_classes(head, name, tap, classes)
+        net.heads[place] = head
+    net.copies = _touched(net, probe)
+    with in_mode(net, False), torch.no_grad():
+        found = net(probe.clone())
+    last = found if isinstance(found, Tensor) else found[-1]
+    if not torch.equal(last, expected):
+        raise InputError(
+            f"cut into stages, {type(backbone).__name__} computes something else; randomness in evaluation mode, and "
+            "what a forward pass notes for the next one, cannot be followed"
+        )
+    net.policy = policy
+    for module in (net, net.stages, *net.stages, net.heads):
+        module.training = backbone.training
+    shape = list(example.shape[1:])
+    net.config = {**config, "input_shape": shape, "classes": classes, "exits": descriptions}  # type: ignore[assignment]
+    return net
+
+
+def attach_again(backbone: nn.Module, exits: Any, input_shape: Any) -> MultiExit:
+    """The network of a stored config: what `attach` described, with fresh heads.
+
+    Args:
+        backbone: as it was.
+        exits: ``config["exits"]``.
+        input_shape: (C, H, W).
+
+    Raises:
+        InputError: a head was a module of the user's own, which no config describes, or the config is damaged.
+    """
+    if not isinstance(exits, dict) or not isinstance(input_shape, list):
+        raise InputError("the stored exits are damaged; allowed: a table of module names and heads")
+    own = [name for name, head in exits.items() if head is None]
+    if own:
+        raise InputError(
+            f"the head behind {own[0]!r} was a module of your own; pass the whole network again, as `attach` made it"
+        )
+    weights = next(iter(backbone.parameters()), torch.empty(0))
+    return attach(backbone, exits, torch.zeros(1, *input_shape, device=weights.device, dtype=weights.dtype))
+
+
+def _example(backbone: nn.Module, config: Mapping[str, Any], example: Tensor | None) -> Tensor:
+    weights = next(iter(backbone.parameters()), torch.empty(0))
+    if example is None:
+        if "input_shape" not in config:
+            raise InputError("the backbone does not say what images it takes; pass example=x, (B, C, H, W)")
+        return torch.zeros(1, *config["input_shape"], device=weights.device, dtype=weights.dtype)
+    if not isinstance(example, Tensor) or example.dim() not in (3, 4):
+        found = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise InputError(f"the example is {found}; allowed: an image (C, H, W) or a batch (B, C, H, W)")
+    example = example.detach()[None] if example.dim() == 3 else example.detach()
+    if (weights.dtype, weights.device) != (example.dtype, example.device):
+        raise InputError(
+            f"the example is {example.dtype} on {example.device}, the backbone is {weights.dtype} on {weights.device}; "
+            "they must be alike"
+        )
+    return example
+
+
+def _probe(example: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand((2, *example.shape[1:]), generator=generator).to(example)
+
+
+def _answer(backbone: nn.Module, probe: Tensor) -> Tensor:
+    """The backbone's logits."""
+    try:
+        with in_mode(backbone, False), torch.no_grad():
+            logits = backbone(probe.clone())
+    except (RuntimeError, TypeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the backbone cannot take images of shape {tuple(probe.shape[1:])}: {line}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(probe):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"the backbone returns {found}; allowed: logits (batch, classes)")
+    return logits
+
+
+def _taps(net: MultiExit, probe: Tensor) -> list[Tensor]:
+    """What each head reads, as it is before anything changes it in place."""
+    taps = []
+    state: tuple[Tensor, ...] = (probe.clone(),)
+    with in_mode(net, False), torch.no_grad():
+        for stage in net.stages:
+            state = as_state(stage(*state))
+            taps.append(state[0].clone())
+    return taps
+
+
+def _require_classes(head: nn.Module, name: str, tap: Tensor, classes: int) -> None:
+    try:
+        with in_mode(head, False), torch.no_grad():
+            logits = head(tap.clone())
+    except (RuntimeError, TypeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"the head behind {name!r} cannot take what the module returns, {('batch', *tap.shape[1:])}: {line}"
+        ) from None
+    if not isinstance(logits, Tensor) or logits.shape != (len(tap), classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"the head behind {name!r} returns {found} for {len(tap)} images; allowed: {(len(tap), classes)}, the "
+            "backbone's classes"
+        )
+
+
+def _touched(net: MultiExit, probe: Tensor) -> tuple[bool, ...]:
+    """Which taps their heads or later stages change in place: those heads must read a copy.
+
+    Torch counts the changes of a tensor, those through its views included. A gradient of the head would need the value
+    from before.
+    """
+    taps, versions = [], []
+    state: tuple[Tensor, ...] = (probe.clone(),)
+    with in_mode(net, False), torch.no_grad():
+        for stage, head in zip(net.stages, net.heads, strict=True):
+            state = as_state(stage(*state))
+            taps.append(state[0])
+            versions.append(state[0]._version)
+            head(state[0])
+    return tuple(tap._version != version for tap, version in zip(taps, versions, strict=True))

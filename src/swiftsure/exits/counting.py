@@ -1,0 +1,68 @@
+"""Multiply-adds of each stage and each head, by torch's own counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[..., Any]
+"""A stage (state -> state) or a head (tensor -> logits)."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Multiply-adds of one image: of convolutions, and of linear layers and other matrix products."""
+
+    convolution: int
+    linear: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.convolution + self.linear
+
+
+def as_state(value: Any) -> tuple[Tensor, ...]:
+    """What a stage returned, as the tuple that the next one takes; its first tensor is what the head reads."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def counted(step: Step, *inputs: Tensor) -> tuple[Any, Count]:
+    """What a step returns for one image, and what that took."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        value = step(*inputs)
+    found = {"convolution": 0, "linear": 0}
+    for operation, flops in counter.get_flop_counts().get("Global", {}).items():
+        found["convolution" if "conv" in str(operation) else "linear"] += flops // 2
+    return value, Count(**found)
+
+
+def count_exits(stages: Iterable[Step], heads: Iterable[Step], image: Tensor) -> list[tuple[Count, Count]]:
+    """(stage, head) for each exit, for one image (1, C, H, W); in evaluation mode, as the caller sees to."""
+    counts = []
+    state: tuple[Tensor, ...] = (image,)
+    with torch.no_grad():
+        for stage, head in zip(stages, heads, strict=True):
+            value, trunk = counted(stage, *state)
+            state = as_state(value)
+            _, branch = counted(head, state[0])
+            counts.append((trunk, branch))
+    return counts
+
+
+def cumulative(counts: Sequence[tuple[Count, Count]]) -> list[int]:
+    """What an input has cost when it leaves at each exit: the trunk so far and every head so far."""
+    return list(accumulate(trunk.total + branch.total for trunk, branch in counts))
+
+
+def paper(counts: Sequence[tuple[Count, Count]]) -> list[float]:
+    """RDI-Nets' own accounting: convolutions only, earlier heads free, in units of 2**20."""
+    trunk = accumulate(stage.convolution for stage, _ in counts)
+    return [(so_far + head.convolution) / 2**20 for so_far, (_, head) in zip(trunk, counts, strict=True)]

@@ -1,0 +1,164 @@
+"""Side heads by name: small modules from what a cut yields to logits, described in plain JSON so that they load again.
+
+What a cut yields: a map (batch, C, H, W), tokens (batch, N, D), or features (batch, F).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from swiftsure.errors import InputError
+from swiftsure.suggestion import unknown
+
+Builder = Callable[..., nn.Module]
+Description = dict[str, Any]
+"""{"kind": a name, and options of its builder}."""
+
+_BUILDERS: dict[str, Builder] = {}
+
+CONV_GRID = 8
+"""What a convolutional head pools larger maps to, in pixels a side."""
+
+
+def register_head(name: str) -> Callable[[Builder], Builder]:
+    """Give a builder of heads a name, for `attach`, recipes and `load`.
+
+    The builder takes ``shape`` (of one sample, without the batch) and ``classes``, then options that are plain JSON
+    values; it returns a module.
+
+    Example:
+        >>> @register_head("mine")
+        ... def mine(shape: Sequence[int], classes: int, width: int = 8) -> nn.Module: ...
+
+    Raises:
+        InputError: the name is taken by another builder.
+    """
+
+    def add(builder: Builder) -> Builder:
+        known = _BUILDERS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            builder.__module__,
+            builder.__qualname__,
+        ):
+            raise InputError(f"a head named {name!r} is registered already; choose another name")
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def head_names() -> list[str]:
+    """All registered heads, sorted."""
+    return sorted(_BUILDERS)
+
+
+def described(head: Any) -> Description:
+    """A head as it is stored, from a name or from a table with kind and options.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if isinstance(head, str):
+        head = {"kind": head}
+    if not isinstance(head, Mapping) or not isinstance(head.get("kind"), str):
+        raise InputError(
+            f"a head is {head!r}; allowed: a torch.nn.Module, one of {', '.join(head_names())}, or a table with such a "
+            "kind and its options"
+        )
+    return dict(head)
+
+
+def build_head(description: Mapping[str, Any], shape: Sequence[int], classes: int) -> nn.Module:
+    """A fresh head.
+
+    Args:
+        description: kind and options.
+        shape: of one sample of what the head reads.
+        classes: of its logits.
+
+    Raises:
+        InputError: an unknown kind or option, or a value or shape that the builder refuses.
+    """
+    kind, options = (
+        str(description["kind"]),
+        {key: value for key, value in description.items() if key != "kind"},
+    )
+    if kind not in _BUILDERS:
+        raise InputError(unknown("head", kind, head_names()))
+    try:
+        json.dumps(options)
+        return _BUILDERS[kind](tuple(shape), classes, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"head {kind!r} cannot be built with options {options}: {error}") from None
+
+
+class _TokenMean(nn.Module):
+    """The mean over tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, N, D) to (batch, D)."""
+        return x.mean(1)
+
+
+@register_head("linear")
+def linear(shape: Sequence[int], classes: int) -> nn.Module:
+    """The mean over pixels or tokens, then a linear layer."""
+    if len(shape) == 3:
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], classes))
+    if len(shape) == 2:
+        return nn.Sequential(_TokenMean(), nn.Linear(shape[1], classes))
+    if len(shape) == 1:
+        return nn.Sequential(nn.Linear(shape[0], classes))
+    raise ValueError(f"it reads {shape}; allowed: (C, H, W), (N, D) or (F)")
+
+
+@register_head("pooled")
+def pooled(shape: Sequence[int], classes: int, grid: int = 4) -> nn.Module:
+    """Average pooling of a map to at most grid x grid, then a linear layer on all of it."""
+    return nn.Sequential(*_pooled(_map(shape), classes, grid))
+
+
+@register_head("conv")
+def conv(shape: Sequence[int], classes: int, width: int = 16, grid: int = 2) -> nn.Module:
+    """Average pooling of a map to at most 8x8, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
+    channels, height, breadth = _map(shape)
+    size = min(height, CONV_GRID), min(breadth, CONV_GRID)
+    shrink = [] if size == (height, breadth) else [nn.AdaptiveAvgPool2d(size)]
+    convolution = nn.Conv2d(channels, width, 3, 1, 1)
+    return nn.Sequential(*shrink, convolution, nn.ReLU(), *_pooled((width, *size), classes, grid))
+
+
+def _pooled(shape: tuple[int, int, int], classes: int, grid: int) -> list[nn.Module]:
+    channels, height, width = shape
+    rows, columns = min(height, grid), min(width, grid)
+    linear = nn.Linear(channels * rows * columns, classes)
+    return [nn.AdaptiveAvgPool2d((rows, columns)), nn.Flatten(), linear]
+
+
+def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
+    """The widest "conv" head for a map that costs at most so many multiply-adds; "linear" where none does.
+
+    Args:
+        shape: of one sample of what the head reads.
+        classes: of its logits.
+        macs: what it may cost.
+    """
+    if len(shape) != 3:
+        return {"kind": "linear"}
+    channels, height, breadth = shape
+    rows, columns = min(height, CONV_GRID), min(breadth, CONV_GRID)
+    one = rows * columns * channels * 9 + min(rows, 2) * min(columns, 2) * classes
+    # Twice as wide as what it reads is wide enough: more would only be cost.
+    width = min(macs // one, 2 * channels)
+    return {"kind": "conv", "width": int(width)} if width >= 4 else {"kind": "linear"}
+
+
+def _map(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(f"it reads {tuple(shape)}; allowed: a map (C, H, W)")
+    channels, height, width = shape
+    return channels, height, width

@@ -1,0 +1,245 @@
+"""Thresholds from a validation split: equal shares (RDI-Nets' rule), or the best accuracy within a budget of cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.data import ImageSet, check_batch
+from swiftsure.errors import InputError
+from swiftsure.exits.multi_exit import MultiExit
+from swiftsure.exits.policies import Policy, known_rule
+from swiftsure.modes import evaluating
+
+_GRID = 64
+"""Quantiles of an exit's scores that a search tries as its threshold."""
+_ROUNDS = 10
+
+
+def calibrate(
+    net: MultiExit,
+    images: ImageSet | tuple[Tensor, Tensor],
+    *,
+    rule: str = "entropy",
+    macs: float | None = None,
+    batch: int = 500,
+) -> Policy:
+    """Fit thresholds on held-out images; the network is not changed: ``net.policy = calibrate(net, val)``.
+
+    Args:
+        net: whose exits; it runs in evaluation mode.
+        images: a validation split, never the test set: an ImageSet or (x, y).
+        rule: "entropy" (RDI-Nets) or "confidence".
+        macs: the mean multiply-adds an image may cost, for the most accurate policy within them; None: so that
+            equally many images leave at each exit.
+        batch: images at a time.
+
+    Raises:
+        InputError: an unknown rule, too few images, logits that are not finite, or a budget below the first exit.
+    """
+    known_rule(rule)
+    if not isinstance(net, MultiExit):
+        raise InputError(f"thresholds are for a MultiExit; this is a {type(net).__name__} of one exit")
+    images = images if isinstance(images, ImageSet) else ImageSet.from_tensors(*images)
+    logits = all_logits(net, images, batch)
+    if macs is None:
+        return equal_share(logits, rule)
+    return within_macs(logits, images.labels, net.macs(images.shape), macs, rule)
+
+
+def all_logits(net: nn.Module, images: ImageSet, batch: int = 500) -> list[Tensor]:
+    """The logits of every exit for all images, on the CPU: K of (n, classes). The network runs in evaluation mode."""
+    device = next(iter(net.parameters()), torch.empty(0)).device
+    parts = []
+    with torch.no_grad(), evaluating(net):
+        for start in range(0, len(images), batch):
+            x, _ = images.batch(slice(start, start + batch), device)
+            check_batch(x)
+            logits = net(x)
+            parts.append([z.cpu() for z in ((logits,) if isinstance(logits, Tensor) else logits)])
+    return [torch.cat(exit) for exit in zip(*parts, strict=True)]
+
+
+def equal_share(logits: Sequence[Tensor], rule: str = "entropy") -> Policy:
+    """Thresholds by which equally many samples leave at each exit (RDI-Nets: of N samples N / K at each).
+
+    A threshold lies half-way between the last score that leaves and the next one, so that neither hangs on rounding;
+    samples of one score leave together.
+
+    Args:
+        logits: of each of K exits, (N, classes), on held-out samples.
+        rule: a name of `RULES`.
+
+    Raises:
+        InputError: an unknown rule, fewer samples than exits, or logits that are not finite.
+    """
+    scores = _scores(logits, rule)
+    exits, samples = len(logits), len(logits[0])
+    inside = torch.arange(samples)
+    chosen = []
+    for number, score in enumerate(scores):
+        leaving = len(inside) - round((exits - 1 - number) * samples / exits)
+        ordered = score[inside].sort().values
+        threshold = _behind(ordered, leaving)
+        chosen.append(threshold)
+        inside = inside[score[inside] >= threshold]
+    return _policy(rule, chosen)
+
+
+def within_macs(
+    logits: Sequence[Tensor], y: Tensor, macs: Sequence[float], budget: float, rule: str = "entropy"
+) -> Policy:
+    """The thresholds of the highest accuracy whose mean cost is within a budget, as far as a search finds them.
+
+    The search starts from policies that let a constant share of the remaining samples leave at each exit, and from
+    those that use one side exit alone; then it moves one threshold, or two at once, over quantiles, while that helps.
+    Of equally accurate policies the cheaper one is kept.
+
+    Args:
+        logits: of each of K exits, (N, classes), on held-out samples.
+        y: their labels (N,).
+        macs: what a sample costs that leaves at each exit, K numbers that do not fall.
+        budget: mean cost allowed.
+        rule: a name of `RULES`.
+
+    Raises:
+        InputError: as `equal_share`; or a budget that is no number or below the first exit's cost.
+    """
+    scores = _scores(logits, rule)
+    if len(macs) != len(logits):
+        raise InputError(f"{len(macs)} costs for {len(logits)} exits; allowed: one for each")
+    if not isinstance(budget, int | float) or not budget >= macs[0]:
+        raise InputError(
+            f"macs is {budget!r}; allowed: a number from {macs[0]:,} (all leave at the first exit) on"
+        )
+    if len(logits) == 1:
+        return Policy(rule, ())
+    right = torch.stack([z.argmax(1) == y.cpu() for z in logits])
+    search = _Search(scores, right, torch.tensor(macs, dtype=torch.float64), float(budget))
+    return _policy(rule, search.run().tolist())
+
+
+class _Search:
+    """Over thresholds on scores that leave when they are small.
+
+    Args:
+        scores: (K - 1, N).
+        right: (K, N) bool, whether an exit's label is right.
+        macs: (K,).
+        budget: mean cost allowed.
+    """
+
+    def __init__(self, scores: Tensor, right: Tensor, macs: Tensor, budget: float) -> None:
+        self.scores, self.right, self.macs, self.budget = scores, right, macs, budget
+        self.sides, self.samples = scores.shape
+        ordered = scores.sort(1).values
+        places = [round(step * self.samples / _GRID) for step in range(_GRID + 1)]
+        # (K - 1, grid): from "nobody leaves" to "all do".
+        self.grid = torch.tensor([[_behind(row, place) for place in places] for row in ordered])
+
+    def run(self) -> Tensor:
+        """The best thresholds found: (K - 1,)."""
+        best, rank = self._best(torch.cat([*self._starts()]))
+        for _ in range(_ROUNDS):
+            found, found_rank = self._best(torch.cat([best[None], *self._moves(best)]))
+            if found_rank <= rank:
+                break
+            best, rank = found, found_rank
+        return best
+
+    def _starts(self) -> Iterator[Tensor]:
+        """Policies (P, K - 1) to begin with; the first lets all leave at once, which any budget allows."""
+        yield self.grid[:, -1][None]
+        never = self.grid[:, 0]
+        for side in range(self.sides):
+            alone = never.repeat(_GRID + 1, 1)
+            alone[:, side] = self.grid[side]
+            yield alone
+        for step in range(1, _GRID):
+            inside, thresholds = torch.arange(self.samples), []
+            for side in range(self.sides):
+                ordered = self.scores[side, inside].sort().values
+                threshold = _behind(ordered, round(len(inside) * step / _GRID))
+                thresholds.append(threshold)
+                inside = inside[self.scores[side, inside] >= threshold]
+            yield torch.tensor([thresholds], dtype=torch.float64)
+
+    def _moves(self, best: Tensor) -> Iterator[Tensor]:
+        """One threshold moved over the whole grid, or two over every other point of it."""
+        for side in range(self.sides):
+            moved = best.repeat(_GRID + 1, 1)
+            moved[:, side] = self.grid[side]
+            yield moved
+        coarse = self.grid[:, ::2]
+        for first in range(self.sides):
+            for second in range(first + 1, self.sides):
+                pairs = torch.cartesian_prod(coarse[first], coarse[second])
+                moved = best.repeat(len(pairs), 1)
+                moved[:, first], moved[:, second] = pairs[:, 0], pairs[:, 1]
+                yield moved
+
+    def _best(self, thresholds: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """The best of some policies (P, K - 1), and its (accuracy, minus cost); outside the budget none counts."""
+        found: tuple[Tensor, tuple[float, float]] | None = None
+        for part in thresholds.split(max(1, 4_000_000 // (self.samples * (self.sides + 1)))):
+            accuracy, cost = self._measured(part)
+            accuracy = accuracy.masked_fill(cost > self.budget * (1 + 1e-12), -1.0)
+            highest = accuracy.max()
+            index = int(cost.masked_fill(accuracy < highest, math.inf).argmin())
+            rank = (float(accuracy[index]), -float(cost[index]))
+            if found is None or rank > found[1]:
+                found = part[index], rank
+        assert found is not None
+        return found
+
+    def _measured(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy and mean cost of policies (P, K - 1): (P,) each."""
+        inside = torch.ones(len(thresholds), self.samples, dtype=torch.bool)
+        accuracy = torch.zeros(len(thresholds), dtype=torch.float64)
+        cost = torch.zeros_like(accuracy)
+        for exit in range(self.sides + 1):
+            leaves = inside
+            if exit < self.sides:
+                leaves = inside & (self.scores[exit] < thresholds[:, exit, None])
+            accuracy += (leaves & self.right[exit]).sum(1)
+            cost += leaves.sum(1) * self.macs[exit]
+            inside = inside & ~leaves
+        return accuracy / self.samples, cost / self.samples
+
+
+def _scores(logits: Sequence[Tensor], rule: str) -> Tensor:
+    """Scores of the side exits that leave when they are small: (K - 1, N) float64, on the CPU."""
+    known = known_rule(rule)
+    samples = len(logits[0]) if logits else 0
+    if samples < max(1, len(logits)):
+        raise InputError(f"{samples} samples for {len(logits)} exits; allowed: at least one for each exit")
+    for number, z in enumerate(logits):
+        if not bool(z.isfinite().all()):
+            raise InputError(f"logits of exit {number} are not finite; no threshold can be fitted to them")
+    scores = [known.sign * known.score(z).cpu() for z in logits[:-1]]
+    return torch.stack(scores) if scores else torch.zeros(0, samples, dtype=torch.float64)
+
+
+def _behind(ordered: Tensor, count: int) -> float:
+    """A threshold that at least so many of these ascending scores are below, and no more than need be."""
+    if count <= 0:
+        # Below the smallest: -inf is "nobody", and becomes a threshold that closes the exit.
+        return -math.inf
+    last = ordered[count - 1]
+    larger = ordered[ordered > last]
+    if len(larger) == 0:
+        return math.inf
+    middle = (last + larger[0]) / 2
+    return float(middle if middle > last else larger[0])
+
+
+def _policy(rule: str, thresholds: Sequence[float]) -> Policy:
+    """Thresholds on scores that leave when small, as the rule has them, within what a threshold may be."""
+    known = known_rule(rule)
+    # An entropy is at most ln(classes); no finite class count needs more than this.
+    top = 1.0 if known.highest == 1.0 else 100.0
+    values = [known.sign * value for value in thresholds]
+    return Policy(rule, [min(max(value, 0.0), top) for value in values])

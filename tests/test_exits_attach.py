@@ -1,0 +1,478 @@
+"""Side exits for a backbone: stages that need not run, the backbone's own weights, its own answer at the end."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import backbones
+import swiftsure as ss
+from swiftsure import exits
+from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit, Policy, attach, equal_share
+
+
+class Block(nn.Module):
+    """A residual block with what real code has: a module used twice, in-place operations, `+=`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.b = nn.Conv2d(channels, channels, 3, 1, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm(self.a(x)))
+        y = self.b(y)
+        y += x
+        return self.relu(y)
+
+
+class Backbone(nn.Module):
+    """A number from the batch that is used late, a buffer, a constant, chunks, functional dropout, an argument more."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.first = nn.Sequential(Block(8), Block(8))
+        self.second = nn.Sequential(Block(8), Block(8))
+        self.unused = nn.Linear(2, 2)
+        self.fc = nn.Linear(8 * 16, classes)
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        count = x.size(0)
+        x = F.dropout(F.relu(self.stem(x - self.mean[:, None, None])), 0.3, self.training)
+        front, back = self.first(x).chunk(2, 1)
+        x = self.second(torch.cat([back, front], 1)) * torch.tensor(2.0)
+        if scale is not None:
+            x = x * scale
+        x = F.adaptive_avg_pool2d(x, 4)
+        return self.fc(x.view(count, -1))
+
+
+def backbone(seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    net = Backbone()
+    net.train()
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.rand(8, 3, 8, 8))
+    return net
+
+
+def images(count: int = 6, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def tuple_of(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (logits,) if isinstance(logits, Tensor) else logits
+
+
+# In the order in which they end.
+NAMES = [
+    "stem",
+    "first.0.a",
+    "first.0.norm",
+    "first.0",
+    "first.1.b",
+    "first",
+    "second.0",
+    "second.1.norm",
+    "second.1.b",
+]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.sampled_from(NAMES), unique=True, max_size=4),
+    st.integers(0, 99),
+    st.sampled_from(["linear", "conv"]),
+)
+def test_the_last_exit_is_the_backbone_wherever_it_is_cut(names: list[str], seed: int, head: str) -> None:
+    trunk = backbone(seed)
+    net = attach(trunk, dict.fromkeys(names, head), images(1))
+    assert net.exits == len(names) + 1
+    x = images(5, seed)
+    for mode in (False, True):
+        net.train(mode)
+        torch.manual_seed(seed)
+        expected = trunk(x)
+        torch.manual_seed(seed)
+        assert torch.equal(tuple_of(net(x))[-1], expected)
+    net.eval()
+    order = [name for name in NAMES if name in names]
+    assert list(net.config["exits"]) == order
+    if names:
+        # The same from stage to stage, with some images gone at each.
+        with torch.no_grad():
+            logits = net(x)
+            net.policy = equal_share(logits)
+            scores = [net.policy.score(z) - t for z, t in zip(logits, net.policy.thresholds, strict=False)]
+            assume(torch.stack(scores).abs().min() > 1e-5)
+            torch.testing.assert_close(
+                net.adaptive(x).logits, net.policy.logits_of(logits), rtol=1e-4, atol=1e-5
+            )
+            assert net.adaptive(x).exit.max() > 0
+
+
+def test_weights_are_shared_not_copied() -> None:
+    trunk = backbone()
+    net = attach(trunk, {"first.0": "linear", "second.0": "conv"}, images(1))
+    assert net.backbone is trunk
+    own = {id(parameter) for parameter in trunk.parameters()}
+    heads = {id(parameter) for parameter in net.heads.parameters()}
+    assert {id(parameter) for parameter in net.parameters()} == own | heads
+    names = set(net.state_dict())
+    assert names == {f"backbone.{name}" for name in trunk.state_dict()} | {
+        f"heads.{name}" for name in net.heads.state_dict()
+    }
+    with torch.no_grad():
+        trunk.fc.bias[2] = 1e6
+    assert net.eval()(images())[-1].argmax(1).tolist() == [2] * 6
+    trunk.load_state_dict(backbone(1).state_dict())
+    assert torch.equal(net(images())[-1], backbone(1).eval()(images()))
+
+
+def test_later_stages_need_not_run() -> None:
+    trunk = backbone().eval()
+    ran: list[str] = []
+    for name, module in trunk.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    net = attach(trunk, {"first.0": "linear", "first.1": "linear"}, images(1)).eval()
+    net.macs((3, 8, 8))
+    ran.clear()
+    net.adaptive(images(), Policy("entropy", [100.0, 100.0]))
+    assert set(ran) == {"stem", "first.0", *(f"first.0.{part}" for part in ("a", "norm", "b", "relu"))}
+    net.adaptive(images(), Policy("entropy", [0.0, 100.0]))
+    assert "first.1" in ran
+    assert "second.0" not in ran
+
+
+def test_no_exit_of_its_own_is_no_special_case() -> None:
+    trunk = backbone().eval()
+    net = attach(trunk, {}, images(1))
+    assert isinstance(net, MultiExit)
+    assert torch.equal(net(images()), trunk(images()))
+    assert net.adaptive(images()).exit.tolist() == [0] * 6
+    assert torch.equal(attach(trunk, 1, images(1))(images()), trunk(images()))
+
+
+def test_gradients_reach_the_trunk_from_every_exit() -> None:
+    trunk = backbone()
+    net = attach(trunk, {"first.0": "linear", "second.0.norm": "linear"}, images(1))
+    for exit, reached in enumerate((True, True, True)):
+        net.zero_grad()
+        net(images())[exit].square().sum().backward()
+        assert (trunk.stem.weight.grad is not None) == reached
+        assert (trunk.second[1].a.weight.grad is not None) == (exit == 2)
+        assert (net.heads[0][2].weight.grad is not None) == (exit == 0)
+
+
+class Changing(nn.Module):
+    """Layers whose activations write into what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x.relu_()
+        x = F.relu(self.b(x), inplace=True)
+        return self.c(x.mean((2, 3)))
+
+
+def test_operations_in_place_disturb_neither_head_nor_trunk() -> None:
+    torch.manual_seed(0)
+    trunk, x = Changing(), images()
+    greedy = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(6 * 64, 4))
+    net = attach(trunk, {"a": nn.Sequential(nn.Flatten(), nn.Linear(6 * 64, 4)), "b": greedy}, x)
+    early, middle, last = net(x)
+    a = trunk.a(x)
+    torch.testing.assert_close(early, net.heads[0](a))
+    torch.testing.assert_close(middle, net.heads[1](trunk.b(a.relu())))
+    assert torch.equal(last, trunk(x))
+    (early.sum() + middle.sum() + last.sum()).backward()
+    expected = torch.autograd.grad(net.heads[0](trunk.a(x)).sum() + net.heads[1](trunk.b(trunk.a(x).relu())).sum()
+                                   + trunk(x).sum(), trunk.a.weight)[0]  # fmt: skip
+    torch.testing.assert_close(trunk.a.weight.grad, expected)
+
+
+def test_copies_and_other_types_of_numbers() -> None:
+    trunk = backbone()
+    net = attach(trunk, {"first.0": "linear", "second.0": "linear"}, images(1)).eval()
+    twin = copy.deepcopy(net).double()
+    assert twin.backbone is not trunk
+    assert twin.stages[1].backbone is twin.backbone
+    for found, expected in zip(twin(images().double()), net(images()), strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), expected)
+    with torch.no_grad():
+        twin.backbone.fc.bias[1] = 1e9
+    assert not torch.equal(twin(images().double())[-1].float(), net(images())[-1])
+    assert torch.equal(net(images())[-1], trunk(images()))
+
+
+def test_bounds_see_every_exit_and_the_trunk_once() -> None:
+    net = attach(backbone(), {"first.0": "linear", "second.0": "conv"}, images(1)).eval()
+    x, ball = images(2), ss.Ball(0.002)
+    graph = ss.bounds.trace(net, x)
+    whole = attach(net.backbone, {}, x).eval()
+    alone = ss.bounds.trace(whole, x)
+    assert len(graph.outputs) == 3
+    assert len(graph.nodes) < len(alone.nodes) + 15
+    y = net(x)[-1].argmax(1)
+    lower = ss.margins(net, x, y, ball)
+    torch.testing.assert_close(lower[-1], ss.margins(whole, x, y, ball))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logits = net(ball.sample(x, generator))
+        for low, z in zip(lower, logits, strict=True):
+            assert (z.gather(1, y[:, None]) - z >= low - 1e-5).all()
+
+
+def deep(width: int = 8, depth: int = 12) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10))
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_default_exits_lie_at_equal_shares_of_the_cost(count: int) -> None:
+    torch.manual_seed(0)
+    trunk = deep(width=24)
+    net = attach(trunk, exits=count, example=torch.rand(1, 3, 16, 16))
+    assert net.exits == count
+    whole = exits.static_macs(trunk, (3, 16, 16))
+    spent = 0
+    for place, (stage, head) in enumerate(net.counts((3, 16, 16))[:-1], 1):
+        spent += stage.total
+        assert abs(spent / whole - place / count) < 1 / 12
+        assert head.total <= 0.1 * whole / (count - 1)
+    # As wide as they may be, by cost or as twice what they read.
+    heads = [head.total for _, head in net.counts((3, 16, 16))[:-1]]
+    if count > 2:
+        assert min(heads) > 0.07 * whole / (count - 1)
+    else:
+        assert net.config["exits"].popitem()[1] == {"kind": "conv", "width": 48}
+    # Behind the activation, not before it.
+    assert all(isinstance(trunk.get_submodule(name), nn.ReLU) for name in net.config["exits"])
+
+
+def test_default_exits_do_not_cut_through_residual_blocks() -> None:
+    torch.manual_seed(0)
+    net = attach(backbone(), 3, images(1))
+    assert all(len(name.split(".")) <= 2 and name != "stem" for name in net.config["exits"]), net.config
+    assert torch.equal(net.eval()(images())[-1], net.backbone(images()))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = x * 2
+        return x
+
+
+class Untraceable(Backbone):
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        x = self.first(self.stem(x))
+        if x.max() > 1e9:
+            return self.fc(x.mean((2, 3)).repeat(1, 16))
+        return self.fc(F.adaptive_avg_pool2d(self.second(x), 4).flatten(1))
+
+
+def test_what_is_not_cut_may_branch_on_data() -> None:
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), Branching(), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4))  # fmt: skip
+    x = images()
+    for choice in ({"2": "linear"}, 2):
+        assert torch.equal(attach(trunk, choice, x).eval()(x)[-1], trunk.eval()(x))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(192, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x.flatten(1)), x
+
+
+FLAT = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Linear(8, 3))
+
+
+TOO_FEW = nn.Sequential(nn.Flatten(), nn.Linear(512, 4))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "words"),
+    [
+        ({"first.7": "linear"}, "Backbone: unknown module 'first.7'; did you mean 'first.1'?"),
+        ({"layer1": "linear"}, "unknown module 'layer1'; allowed: stem, first, second, unused, fc"),
+        ({"": "linear"}, "unknown module ''"),
+        ({"unused": "linear"}, "module 'unused' is not called in the forward pass"),
+        ({"first.0.relu": "linear"}, "module 'first.0.relu' is called 2 times"),
+        ({"first": "linear", "first.1": "conv"}, "'first' and 'first.1' end at the same place"),
+        ({"fc": "linear"}, "module 'fc' is the end of the backbone"),
+        ({"stem": TOO_FEW}, "the head behind 'stem' returns (2, 4) for 2 images; allowed: (2, 5)"),
+        (
+            {"stem": nn.Linear(3, 5)},
+            "the head behind 'stem' cannot take what the module returns, ('batch', 8, 8, 8)",
+        ),
+        ({"stem": nn.LSTM(8, 5)}, "the head behind 'stem'"),
+        ({"stem": "linaer"}, "unknown head 'linaer'; did you mean 'linear'?"),
+        ({"stem": {"kind": "conv", "widht": 3}}, "head 'conv' cannot be built with options {'widht': 3}"),
+        ({"stem": {"width": 3}}, "a head is {'width': 3}; allowed"),
+        (40, "exits is 40, and Backbone has"),
+        (0, "exits is 0; allowed: an integer >= 1"),
+        (True, "exits is True"),
+    ],
+)
+def test_cuts_and_heads_that_do_not_fit(cuts, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        attach(Backbone(), cuts, images(1))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "cuts", "example", "words"),
+    [
+        (Backbone(), {"stem": "linear"}, None, "pass example=x"),
+        (Backbone(), {"stem": "linear"}, images(1).double(), "the example is torch.float64"),
+        (Backbone(), {"stem": "linear"}, torch.rand(8, 8), "the example is (8, 8); allowed"),
+        (Backbone(), {"stem": "linear"}, torch.rand(1, 4, 8, 8), "cannot take images of shape (4, 8, 8)"),
+        (FLAT, {"1": "conv"}, images(1), "head 'conv' cannot be built with options {}: it reads (8,)"),
+        (Pair(), {"a": "linear"}, images(1), "the backbone returns tuple; allowed: logits"),
+        (nn.Sequential(nn.Conv2d(3, 2, 3)), {}, images(1), "the backbone returns (2, 2, 6, 6)"),
+        (ss.models.build("rdi_smallcnn"), 3, None, "the backbone has 3 exits already"),
+        (Untraceable(), {"first": "linear"}, images(1), "Untraceable cannot be traced by torch.fx at line "),
+        (Untraceable(), 3, images(1), "of test_exits_attach.py, `if x.max() > 1e9:`"),
+    ],
+)
+def test_backbones_and_examples_that_do_not_fit(trunk: nn.Module, cuts, example, words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        attach(trunk, cuts, example)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_policy_of_another_number_of_exits() -> None:
+    with pytest.raises(InputError, match="2 thresholds for 2 exits; allowed: 1"):
+        attach(Backbone(), {"stem": "linear"}, images(1), policy=Policy("entropy", [1, 2]))
+
+
+def test_a_value_that_cannot_be_parted_is_refused() -> None:
+    class Sideways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x.flatten(1))
+            turned = x.transpose(0, 1)
+            return self.c(self.b(x) + turned.transpose(0, 1))
+
+    with pytest.raises(
+        InputError, match=r"the cut behind 'b.*' would part .* its first axis is not the batch"
+    ):
+        attach(Sideways(), {"b": "linear"}, images(1))
+
+
+def test_hooks_are_kept_and_randomness_is_refused() -> None:
+    trunk = backbone().eval()
+    trunk.first.register_forward_hook(lambda module, inputs, output: output * 2)
+    plain = backbone().eval()(images())
+    for name in ("first", "first.0"):
+        last = attach(trunk, {name: "linear"}, images(1)).eval()(images())[-1]
+        assert torch.equal(last, trunk(images()))
+        assert not torch.equal(last, plain)
+    trunk.first.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.5, True))
+    with pytest.raises(InputError, match="computes something else"):
+        attach(trunk, {"first.0": "linear"}, images(1))
+
+
+def test_a_head_by_a_name_of_ones_own() -> None:
+    @exits.register_head("corner")
+    def corner(shape, classes: int, scale: float = 1.0) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+
+    net = attach(backbone(), {"stem": {"kind": "corner", "scale": 2.0}}, images(1))
+    assert net.config["exits"] == {"stem": {"kind": "corner", "scale": 2.0}}
+    assert "corner" in exits.head_names()
+    with pytest.raises(InputError, match="registered already"):
+        exits.register_head("linear")(corner)
+
+
+def test_modes_are_kept() -> None:
+    trunk = backbone().train()
+    trunk.first[0].norm.eval()
+    before = {name: value.clone() for name, value in trunk.state_dict().items()}
+    net = attach(trunk, {"first.0": "linear"}, images(1))
+    assert net.training
+    assert trunk.training
+    assert not trunk.first[0].norm.training
+    assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
+    assert not attach(backbone().eval(), {"first.0": "linear"}, images(1)).training
+    assert set(vars(trunk)) == set(vars(backbone()))
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("resnet18", {"layer1.1": "linear", "layer2.0.conv1": "conv", "layer3": "linear"}),
+        ("mobilenet_v3_small", {"features.3": "linear", "features.7": "conv"}),
+        ("densenet121", {"features.denseblock2": "linear"}),
+        ("shufflenet_v2_x0_5", {"stage2.1": "linear", "stage3": "linear"}),
+        ("vgg11_bn", {"features.4": "linear", "features.14": "linear"}),
+        ("resnet18", 4),
+        ("efficientnet_b0", 3),
+        ("convnext_tiny", 3),
+    ],
+)
+def test_torchvision_backbones(name: str, cuts) -> None:
+    models = backbones.load("torchvision.models")
+    torch.manual_seed(0)
+    trunk = getattr(models, name)(num_classes=7)
+    x = torch.rand(4, 3, 64, 64)
+    net = attach(trunk, cuts, x).eval()
+    with torch.no_grad():
+        logits = net(x)
+        assert torch.equal(logits[-1], trunk(x))
+        net.policy = equal_share(logits)
+        torch.testing.assert_close(net.adaptive(x).logits, net.policy.logits_of(logits), rtol=1e-3, atol=1e-4)
+    net.train()
+    sum(z.sum() for z in net(x)).backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"),
+    [
+        ("resnet10t", {"layer1": "linear", "layer3": "conv"}),
+        ("mobilenetv2_050", {"blocks.2": "linear"}),
+        ("vit_tiny_patch16_224", {"blocks.3": "linear", "blocks.7": "linear"}),
+        ("resnet10t", 3),
+    ],
+)
+def test_timm_backbones(name: str, cuts) -> None:
+    timm = backbones.load("timm")
+    torch.manual_seed(0)
+    sized = {"img_size": 64} if name.startswith("vit") else {}
+    trunk = timm.create_model(name, num_classes=7, **sized)
+    x = torch.rand(4, 3, 64, 64)
+    net = attach(trunk, cuts, x).eval()
+    with torch.no_grad():
+        assert torch.equal(net(x)[-1], trunk(x))
+    net.train()
+    sum(z.sum() for z in net(x)).backward()
