@@ -119,21 +119,27 @@ def test_auto_proves_what_each_technique_proves(kind: str, ball: Ball) -> None:
     each = {method: certify(net, x, y, ball, method=method, delta=FLOOR) for method in METHODS}
     auto = each.pop("auto")
     for name, alone in each.items():
-        assert (auto.certified | ~alone.certified).all()
+        assert (auto.certified | ~alone.certified).all(), name
         assert set(alone.method) <= {name, "none"}
         assert alone.by == {name: int(alone.certified.sum())}
     assert sum(auto.by.values()) == auto.certified.sum()
     for i, name in enumerate(auto.method):
         if name == "none":
             assert not auto.certified[i]
-            largest = max(float(alone.margin[i]) for alone in each.values())
-            assert float(auto.margin[i]) == pytest.approx(largest, rel=1e-4, abs=1e-5)
+            # A sample that an attack breaks is not asked about again.
+            margins = [float(alone.margin[i]) for alone in each.values()]
+            assert max(margins[:2]) - 1e-3 <= float(auto.margin[i]) <= max(margins) + 1e-3
+        elif name == "alpha-crown":
+            # An ascent ends elsewhere in other batches.
+            assert float(auto.margin[i]) > FLOOR
         else:
             torch.testing.assert_close(auto.margin[i], each[name].margin[i], rtol=1e-4, atol=1e-5)
 
 
-def test_auto_asks_symbolic_only_for_what_intervals_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, int] = {"interval": 0, "symbolic": 0}
+def test_auto_asks_a_technique_only_for_what_cheaper_ones_and_an_attack_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = dict.fromkeys(bounds.TECHNIQUES, 0)
     real = bounds.margins
 
     def counting(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
@@ -147,8 +153,16 @@ def test_auto_asks_symbolic_only_for_what_intervals_leave(monkeypatch: pytest.Mo
     found = certify(net, x, y, BALLS[0], delta=FLOOR)
     right = int((label(net, x) == y).sum())
     assert right <= 55
-    assert asked == {"interval": right, "symbolic": right - found.by["interval"]}
-    assert found.by["symbolic"] > 0 or found.certified.sum() < right
+    left = right
+    broken = 0
+    for name in bounds.TECHNIQUES:
+        if name == "symbolic":
+            # Between the cheap techniques and the dear ones, an attack takes out what cannot be proven.
+            broken = left - asked[name]
+            left = asked[name]
+        assert asked[name] == left, name
+        left -= found.by[name]
+    assert 0 < broken <= right - found.certified.sum()
     assert not found.certified[:5].any()
     assert (found.margin[:5] == -torch.inf).all()
 
@@ -313,7 +327,7 @@ def test_no_image_is_no_problem_but_no_accuracy_either() -> None:
     empty = certify(net, x[:0], y[:0], BALLS[0])
     assert len(empty) == 0
     assert empty.certified.shape == empty.margin.shape == (0,)
-    assert empty.by == {"interval": 0, "symbolic": 0}
+    assert empty.by == dict.fromkeys(bounds.TECHNIQUES, 0)
     with pytest.raises(InputError, match="at least one"):
         verified_accuracy(net, x[:0], y[:0], BALLS[0])
 
@@ -343,7 +357,9 @@ def test_bad_input_is_one_line() -> None:
     nan = x.clone()
     nan[3, 0, 0, 0] = torch.nan
     calls: dict[str, Callable[[], object]] = {
-        "unknown method 'crown'.*interval, symbolic, auto": lambda: certify(net, x, y, ball, method="crown"),
+        "unknown method 'milp'.*interval, crown-ibp, symbolic, crown, alpha-crown, auto": lambda: certify(
+            net, x, y, ball, method="milp"
+        ),
         "ball is None": lambda: certify(net, x, y),
         "policy": lambda: certify(net, x, y, ball, policy="entropy"),
         "delta is -1": lambda: certify(net, x, y, ball, delta=-1.0),

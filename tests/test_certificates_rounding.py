@@ -136,5 +136,5 @@ def test_measuring_changes_nothing_and_repeats() -> None:
 
 
 def test_an_unknown_method_is_one_line() -> None:
-    with pytest.raises(InputError, match="'crown'"):
-        rounding_slack(network(), torch.zeros(0, 1, 8, 8), BALLS[0], "crown")
+    with pytest.raises(InputError, match="'milp'"):
+        rounding_slack(network(), torch.zeros(0, 1, 8, 8), BALLS[0], "milp")

@@ -38,7 +38,7 @@ FLOOR = 1e-5
 SAMPLES = 4
 BATCHES = (1, 7, 64)
 # In backward substitution a sample is hundreds of rows by itself: batch sizes change little, and cost much.
-ROW_BATCHES = (1, 7)
+ROW_BATCHES = (1, 4)
 
 
 def rounding_slack(net: nn.Module, x: Tensor, ball: Ball, method: str = "auto") -> float:
