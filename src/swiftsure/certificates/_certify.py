@@ -26,7 +26,7 @@ METHODS = (*TECHNIQUES, "auto")
 UNPROVEN = "none"
 
 DEAR = "symbolic"
-"""With "auto", the first technique that is worth an attack before it: only samples that withstand one are asked about."""
+"""With "auto", the first technique that is worth an attack before it: only what withstands one is asked about."""
 ATTACK_STEPS = 20
 LARGEST_CHUNK = {"interval": 256}
 """Samples bounded at once, however much memory there is: beyond, nothing gets faster."""
@@ -84,8 +84,9 @@ def certify(
     """Prove, sample by sample, that no image of the ball around x gets another label than y.
 
     A sample whose own image is misclassified is never certified and costs no bound. With "auto" a sample that a
-    cheap technique proves costs no dearer one, and one that PGD breaks none of the dear ones. Computed in evaluation semantics and in full float32 (or float64, as the
-    weights are), without TF32 and autocast, and valid for networks that run so; nothing of the network changes.
+    cheap technique proves costs no dearer one, and one that PGD breaks none of the dear ones. Computed in evaluation
+    semantics and in full float32 (or float64, as the weights are), without TF32 and autocast, and valid for networks
+    that run so; nothing of the network changes.
 
     Args:
         net: returns logits (B, classes).
