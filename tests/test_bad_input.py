@@ -60,11 +60,21 @@ RECIPES = [
     ("loss: {k: three}", "loss.k is 'three'; allowed: an integer or null"),
     ("loss: {k: 1.5}", "loss.k is 1.5; allowed: an integer or null"),
     ("seed: true", "seed is True; allowed: an integer"),
-    ("loss: {bound: symblic}", "loss.bound is 'symblic'; allowed: interval, symbolic"),
+    ("loss: {bound: symblic}", "loss.bound is 'symblic'; allowed: interval, crown-ibp, symbolic"),
     ("optimizer: {decay_epochs: [1, x]}", "allowed: a list, each an integer"),
     ("data: mnist", "data is 'mnist'; allowed: a table with the keys name"),
     ("loss: null", "loss is None; allowed: a table"),
-    ("exits: 3", "exits is 3; allowed: null"),
+    ("exits: 3", "exits is 3; allowed: a table with the keys at, count, policy, thresholds, macs"),
+    ("exits: {att: {}}", "unknown key 'exits.att'; did you mean 'exits.at'?"),
+    ("exits: {at: linear}", "exits.at is 'linear'; allowed: a table"),
+    ("exits: {at: {1.1: linear}}", "exits.at has the key 1.1; allowed: names of modules, in quotes: '1.1'"),
+    ("exits: {at: {'1': linear}, count: 3}", "exits.at and exits.count are both given"),
+    ("exits: {count: 0}", "exits.count is 0; allowed: 1 or more, or null"),
+    ("exits: {policy: guess}", "exits.policy is 'guess'; allowed: entropy, confidence"),
+    ("exits: {thresholds: [0.1, .nan]}", "exits.thresholds holds nan; allowed: finite entropies >= 0"),
+    ("exits: {policy: confidence, thresholds: [2]}", "exits.thresholds holds 2"),
+    ("exits: {thresholds: [0.1], macs: 5}", "exits.thresholds and exits.macs are both given"),
+    ("exits: {macs: 0}", "exits.macs is 0"),
     ("optimizer: {rate: .nan}", "optimizer.rate is nan; allowed: a finite number"),
     ("optimizer: {rate: .inf}", "optimizer.rate is inf; allowed: a finite number"),
     ('ball: {eps: "8/0"}', "eps is '8/0'; allowed: a number >= 0"),
@@ -184,7 +194,9 @@ def test_unknown_suites_and_methods(folder: Path, capsys: pytest.CaptureFixture[
     for command in ("attack", "evaluate"):
         assert "allowed: quick, standard, full" in refused(capsys, folder, command, folder, "--suite", "quik")
     for command in ("certify", "evaluate"):
-        assert "allowed: interval, symbolic" in refused(capsys, folder, command, folder, "--method", "crow")
+        assert "allowed: interval, crown-ibp, symbolic" in refused(
+            capsys, folder, command, folder, "--method", "crow"
+        )
 
 
 def test_existing_folders_and_other_recipes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,22 @@ def _count(value: str | int) -> int:
     return int(text)
 
 
+def _numbers(value: str | Sequence[float]) -> list[float]:
+    """Numbers with commas between them; jsonargparse passes them through twice, as text and as what it became.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    if not isinstance(value, str):
+        return list(value)
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is no list of numbers; allowed: such as 0.1,0.5"
+        ) from None
+
+
 _RUN = _argument("run", metavar="RUN", help="a run directory, as `swiftsure train` writes it")
 _DEVICE = _argument(
     "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
@@ -180,6 +196,40 @@ COMMANDS = {
         "multiply-adds, parameters and milliseconds an image",
         "swiftsure measure runs/demo",
         _MEASURED,
+    ),
+    "calibrate": Command(
+        "Deploy",
+        "fit the thresholds of a network's exits on held-out images",
+        "swiftsure calibrate runs/mine --macs 5e6",
+        (
+            _RUN,
+            _argument(
+                "--macs",
+                type=float,
+                metavar="NUMBER",
+                help="mean multiply-adds an image may cost (default: equally many images leave at each exit)",
+            ),
+            _argument(
+                "--thresholds", type=_numbers, metavar="LIST", help="by hand: one for each exit but the last"
+            ),
+            _argument("--policy", metavar="NAME", help="entropy or confidence (default: the recipe's)"),
+            _DEVICE,
+            _DATA,
+            _MODEL,
+        ),
+    ),
+    "predict": Command(
+        "Deploy",
+        "label, exit and cost of image files; with --eps a proof as well",
+        "swiftsure predict runs/mine image.png",
+        (
+            _RUN,
+            _argument("images", nargs="+", metavar="IMAGE", help="image files of the network's size"),
+            _argument("--eps", metavar="EPS", help="certify each answer within this radius: 0.1 or 8/255"),
+            _METHOD,
+            _DEVICE,
+            _MODEL,
+        ),
     ),
     "recheck": Command(
         "Measure",

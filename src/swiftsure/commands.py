@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from swiftsure import certificates, data, evaluation, recipe_file, run
+from swiftsure import calibration, certificates, data, evaluation, prediction, recipe_file, run
 from swiftsure import demo as demonstration
 from swiftsure import report as pages
 from swiftsure.bounds import memory
@@ -59,6 +59,45 @@ def certify(options: Namespace) -> None:
 def measure(options: Namespace) -> None:
     """swiftsure measure."""
     print_measured(evaluation.measure_run(options.run, **_choice(options)), "cost")
+
+
+def calibrate(options: Namespace) -> None:
+    """swiftsure calibrate."""
+    found = calibration.calibrate_run(
+        options.run,
+        macs=options.macs,
+        thresholds=options.thresholds,
+        policy=options.policy,
+        device=options.device,
+        data_root=options.data,
+        model=options.model,
+    )
+    shares = ", ".join(_percent(share).strip() for share in found.shares)
+    print(
+        f"{found.policy.rule} thresholds {', '.join(f'{value:.6g}' for value in found.policy.thresholds)}: of "
+        f"{found.n:,} held-out images {_percent(found.accuracy).strip()} are right; {shares} leave at each exit, for "
+        f"{found.macs:,.0f} multiply-adds on average (all exits: {found.static:,})"
+    )
+
+
+def predict(options: Namespace) -> None:
+    """swiftsure predict."""
+    answers = prediction.predict(
+        options.run,
+        options.images,
+        eps=options.eps,
+        method=options.method,
+        device=options.device,
+        model=options.model,
+    )
+    for one in answers:
+        proven = ""
+        if one.certified is not None:
+            proven = f"  {'proven' if one.certified else 'not proven'} within eps {options.eps}"
+        print(
+            f"{one.path}  {one.name}  {_percent(one.probability).strip()}  exit {one.exit + 1} of {one.exits}"
+            f"  {one.macs:,} multiply-adds{proven}"
+        )
 
 
 def recheck(options: Namespace) -> None:
@@ -152,6 +191,8 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
         lines.append(
             f"verified  {_percent(verified['accuracy'])}  {by}  ({found['seconds']['certify']:.1f} s)"
         )
+    if only in (None, "attacked") and found["exits"]["clean"]:
+        lines += _usage(found)
     if only in (None, "cost"):
         macs, latency = found["macs"]["static"], found["latency_ms"]
         lines.append(
@@ -161,6 +202,17 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
     if measured.page is not None:
         lines.append(f"page      {measured.page}")
     print("\n".join(lines))
+
+
+def _usage(found: dict[str, Any]) -> list[str]:
+    """How images use the exits: a line for clean ones, and one each for those made to be wrong and to be slow."""
+    lines = []
+    for name, what in (("clean", "clean"), ("attacked", "attacked"), ("slowdown", "slowed")):
+        if found["exits"][name]:
+            shares = ", ".join(_percent(share).strip() for share in found["exits"][name])
+            cost = f"{found['macs'][name]:,.0f} multiply-adds on average"
+            lines.append(f"exits     {what} images leave at {shares}: {cost}")
+    return lines
 
 
 def _percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,46 @@ class ModelChoice:
     name: str = "digits_small"
     options: dict[str, Any] = field(default_factory=dict)
     warm_start: str | None = None
+
+
+@dataclass
+class Exits:
+    """Side exits, and when an image leaves at one.
+
+    Args:
+        at: where side exits go, and their heads: module names, each with the name of a head (linear, pooled, conv)
+            or a table of its kind and options. Empty for none beside those that the model has by itself.
+        count: instead of `at`, that many exits at equal shares of the cost, the last one included.
+        policy: entropy (RDI-Nets' rule) or confidence (largest probability).
+        thresholds: one for each exit but the last, by hand; null to fit them on the calibration half of the
+            validation split when training is done.
+        macs: fitted thresholds: the mean multiply-adds an image may cost, for the best accuracy within them; null for
+            equally many images at each exit.
+    """
+
+    at: dict[str, Any] = field(default_factory=dict)
+    count: int | None = None
+    policy: Literal["entropy", "confidence"] = "entropy"
+    thresholds: list[float] | None = None
+    macs: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(not (self.at and self.count), "exits.at and exits.count are both given; give one of them")
+        _require(
+            self.count is None or self.count >= 1, f"exits.count is {self.count}; allowed: 1 or more, or null"
+        )
+        _require(
+            self.thresholds is None or self.macs is None,
+            "exits.thresholds and exits.macs are both given; with thresholds by hand nothing is fitted",
+        )
+        high = 1.0 if self.policy == "confidence" else math.inf
+        for value in self.thresholds or []:
+            _require(
+                0 <= value <= high and math.isfinite(value),
+                f"exits.thresholds holds {value}; allowed: "
+                + ("0 to 1" if self.policy == "confidence" else "finite entropies >= 0, in nats"),
+            )
+        _require(self.macs is None or self.macs > 0, f"exits.macs is {self.macs}; allowed: above 0, or null")
 
 
 @dataclass
@@ -283,7 +324,7 @@ class Recipe:
         seed: of weights, splits, order, random starts and samples.
         data: the images.
         model: the network.
-        exits: reserved for multi-exit networks; null today.
+        exits: side exits, and when an image leaves at one; null for none beside those of the model.
         ball: the threat model.
         loss: the three terms.
         optimizer: the optimiser.
@@ -295,7 +336,7 @@ class Recipe:
     seed: int = 0
     data: DataChoice = field(default_factory=DataChoice)
     model: ModelChoice = field(default_factory=ModelChoice)
-    exits: None = None
+    exits: Exits = field(default_factory=Exits)
     ball: BallChoice = field(default_factory=BallChoice)
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)

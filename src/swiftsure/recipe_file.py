@@ -19,8 +19,12 @@ from swiftsure.errors import InputError
 from swiftsure.recipe import Recipe, option_names
 from swiftsure.suggestion import unknown
 
-_FREE = ("model.options",)
+_FREE = ("model.options", "exits.at")
 """Keys whose value is a table of the user's own: what is in it is for the builder to judge."""
+_MODULES = "exits.at"
+"""Of these, the one whose keys are names of modules, with dots in them."""
+_NULLABLE = ("exits",)
+"""Sections that may be null: all their keys have their defaults then."""
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -139,7 +143,7 @@ def _check_keys(values: dict[Any, Any], kind: type = Recipe, prefix: str = "") -
     for key, value in values.items():
         if key not in known:
             raise InputError(_unknown_key(f"{prefix}{key}", [prefix + name for name in known]))
-        if is_dataclass(known[key]):
+        if is_dataclass(known[key]) and not (value is None and f"{prefix}{key}" in _NULLABLE):
             if not isinstance(value, dict):
                 inside = ", ".join(field.name for field in fields(known[key]))
                 raise InputError(f"{prefix}{key} is {value!r}; allowed: a table with the keys {inside}")
@@ -178,15 +182,19 @@ def _override(values: dict[Any, Any], override: str) -> None:
         fault = _yaml_fault(error) if isinstance(error, yaml.YAMLError) else error
         raise InputError(f"--set {override!r} is not YAML: {fault}") from None
     *path, last = key.split(".")
+    if key.startswith(f"{_MODULES}."):
+        path, last = _MODULES.split("."), key.removeprefix(f"{_MODULES}.")
     for name in path:
-        values = values.setdefault(name, {})
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
     values[last] = value
 
 
 def _typed(values: dict[str, Any]) -> Recipe:
     """The dataclass of nested plain values, whose keys are known to be right."""
-    if values.get("exits") is not None:
-        raise InputError(f"exits is {values['exits']!r}; allowed: null")
+    values = {key: value for key, value in values.items() if value is not None or key not in _NULLABLE}
+    values = _with_module_names(values)
     for key, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key} is {value}; allowed: a finite number")
@@ -201,6 +209,18 @@ def _typed(values: dict[str, Any]) -> Recipe:
     except ArgumentError as error:
         raise InputError(_type_fault(error, values)) from None
     return recipe
+
+
+def _with_module_names(values: dict[str, Any]) -> dict[str, Any]:
+    """YAML reads the name of a module of a Sequential, such as 2, as a number."""
+    section, name = _MODULES.split(".")
+    table = values.get(section, {}).get(name)
+    if not isinstance(table, dict):
+        return values
+    for key in table:
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            raise InputError(f"{_MODULES} has the key {key!r}; allowed: names of modules, in quotes: '{key}'")
+    return {**values, section: {**values[section], name: {str(key): head for key, head in table.items()}}}
 
 
 def _type_fault(error: ArgumentError, values: dict[str, Any]) -> str:

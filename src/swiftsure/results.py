@@ -27,7 +27,8 @@ SAMPLED = ("clean", "attacked", "verified")
 """The parts that were measured on n samples; those of one file share n, and the last two share the ball."""
 
 _SUMMARY = {"clean": "clean_accuracy", "attacked": "robust_accuracy", "verified": "verified_accuracy"}
-_JOINED_BY_KEY = ("exits", "macs", "latency_ms", "seconds", "versions")
+JOINED_BY_KEY = ("exits", "macs", "latency_ms", "seconds", "versions")
+"""The parts of which a measurement may bring some keys only."""
 
 
 @cache
@@ -76,7 +77,7 @@ def merge_parts(results: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[st
                 f"{NAME} was measured on the weights {_short(merged[name])}, these are {_short(part)}; "
                 "begin a new file for other weights"
             )
-        if name in _JOINED_BY_KEY and isinstance(part, Mapping):
+        if name in JOINED_BY_KEY and isinstance(part, Mapping):
             merged[name] = {**merged[name], **copy.deepcopy(dict(part))}
         else:
             merged[name] = copy.deepcopy(part)

@@ -3,7 +3,7 @@
 ====================  =====================================================================================
 recipe.yaml           every option, resolved; `swiftsure train` repeats the run from it
 model.safetensors     the weights that were kept
-config.json           how to rebuild the network; ball, versions, class names, digests of the data
+config.json           how to rebuild the network; thresholds, ball, versions, class names, digests of the data
 log.jsonl             one line an epoch
 results.json          what was measured; its presence says that training is finished
 samples.csv           one row a test image, with every verdict (see `swiftsure.samples`)
@@ -32,8 +32,9 @@ import torch
 from torch import Tensor, nn
 
 import swiftsure.files as files
-from swiftsure import certificates, data, examples, models, recipe_file, results, samples
+from swiftsure import certificates, data, examples, models, recipe_file, results, run_exits, samples
 from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit
 from swiftsure.models.storage import CONFIG, WEIGHTS
 from swiftsure.recipe import DataChoice, Recipe
 from swiftsure.training import History, fit
@@ -105,10 +106,10 @@ def train(
         net = build_from(model, recipe.model.options)
     augment = _augment(recipe.data)
     _check_match(net, parts.train, augment)
+    net = run_exits.with_exits(net, recipe.exits, parts.train.shape)
     # A run that was killed before its first epoch was kept starts again from the beginning.
     if recipe.model.warm_start is not None and not (resume and (folder / STATE / STATE_FILE).exists()):
-        source = Path(recipe.model.warm_start) / WEIGHTS
-        models.load_state(net, models.read_weights(source), source)
+        _warm_start(net, Path(recipe.model.warm_start) / WEIGHTS)
     undo = _write_first(folder, recipe)
 
     def keep_log(records: list[dict[str, Any]]) -> None:
@@ -311,6 +312,8 @@ def _write_last(
     folder: Path, net: nn.Module, recipe: Recipe, parts: data.Splits, history: History, device: torch.device
 ) -> None:
     """Weights and config, then results.json, which says that all is there; only then is the state let go."""
+    if isinstance(net, MultiExit):
+        net.policy = run_exits.fit_policy(net, recipe.exits, parts.calibration)
     models.save(
         net,
         folder,
@@ -336,6 +339,15 @@ def _write_last(
     shutil.rmtree(folder / STATE, ignore_errors=True)
 
 
+def _warm_start(net: nn.Module, source: Path) -> None:
+    """Begin with stored weights: of the whole network, or of the backbone that exits were attached to."""
+    state = models.read_weights(source)
+    backbone = getattr(net, "backbone", None)
+    if isinstance(backbone, nn.Module) and state.keys() == backbone.state_dict().keys():
+        net = backbone
+    models.load_state(net, state, source)
+
+
 def _check_match(
     net: nn.Module, images: data.ImageSet, augment: Callable[[Tensor, torch.Generator], Tensor] | None
 ) -> None:
@@ -345,14 +357,15 @@ def _check_match(
     config = getattr(net, "config", None)
     if not isinstance(config, dict):
         return
+    name = config.get("name", "given")
     if tuple(config["input_shape"]) != images.shape:
         raise InputError(
-            f"model {config['name']} takes images of {_size(config['input_shape'])}, "
+            f"model {name} takes images of {_size(config['input_shape'])}, "
             f"{images.name} has {_size(images.shape)}"
         )
     if config["classes"] != len(images.classes):
         raise InputError(
-            f"model {config['name']} has {config['classes']} classes, {images.name} has {len(images.classes)}"
+            f"model {name} has {config['classes']} classes, {images.name} has {len(images.classes)}"
         )
 
 

@@ -3,6 +3,7 @@
 =====================  ====================================================================================
 index, label           the image's number in the test set, and its class
 prediction, correct    the class that the network gives the clean image, and whether it is the label (1 or 0)
+exit, macs             with several exits: where the clean image leaves, from 0, and its multiply-adds
 attack:NAME            1 where that attack broke the sample; a sample wrong without attack counts as broken
 attack:union           1 where any did
 verified:METHOD        1 where that bound method proved the sample
@@ -29,7 +30,7 @@ Column = NDArray[np.float64] | NDArray[np.int64]
 Table = dict[str, Column]
 """Columns by name, all of one length; NaN in a float column is an empty cell."""
 
-_CLEAN = ("index", "label", "prediction", "correct")
+_CLEAN = ("index", "label", "prediction", "correct", "exit", "macs")
 _PROVEN = ("certified", "margin", "max_exit", "max_macs")
 
 

@@ -1,0 +1,121 @@
+"""New thresholds for the exits of a trained run, from held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import swiftsure.files as files
+from swiftsure import certificates, data, examples, models, results, run, run_exits, samples
+from swiftsure.certificates import certifying
+from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit, Policy
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Thresholds, and what they do on the images that they were fitted to.
+
+    Attributes:
+        policy: as it was stored.
+        n: how many images.
+        accuracy: share of them that is right.
+        shares: share that leaves at each exit.
+        macs: mean multiply-adds.
+        static: multiply-adds of all exits.
+    """
+
+    policy: Policy
+    n: int
+    accuracy: float
+    shares: list[float]
+    macs: float
+    static: int
+
+
+def calibrate_run(
+    folder: str | Path,
+    *,
+    macs: float | None = None,
+    thresholds: Sequence[float] | None = None,
+    policy: str | None = None,
+    device: str = "auto",
+    data_root: str | Path | None = None,
+    model: str | None = None,
+) -> Calibrated:
+    """Fit thresholds on the calibration half of the validation split, and store them in config.json.
+
+    What was measured with other thresholds is removed from the run.
+
+    Args:
+        folder: a run directory whose training is finished.
+        macs: the mean multiply-adds an image may cost, for the best accuracy within them; None: equally many images at
+            each exit.
+        thresholds: by hand instead, one for each exit but the last.
+        policy: "entropy" or "confidence"; None: the recipe's.
+        device: "auto" or a torch device.
+        data_root: where the data sets lie.
+        model: "package.module:function" for an architecture that no name is registered for.
+
+    Raises:
+        InputError: one exit, a budget below the first exit's cost, thresholds of the wrong number, or unusable options
+            or files.
+    """
+    folder = Path(folder)
+    recipe = run.read_recipe(folder)
+    choice = replace(
+        recipe.exits,
+        policy=policy or recipe.exits.policy,  # type: ignore[arg-type]
+        macs=macs,
+        thresholds=None if thresholds is None else list(thresholds),
+    )
+    net = run.read_network(folder, run.pick_device(device), model)
+    if not isinstance(net, MultiExit) or net.exits == 1:
+        raise InputError(f"{folder} has a network of one exit; there are no thresholds to fit")
+    images = data.load(recipe.data.name, data_root, recipe.seed).calibration
+    fitted = run_exits.fit_policy(net, choice, images)
+    assert fitted is not None
+    net.policy = fitted
+    found = _measured(net, fitted, images)
+    # In this order: killed in between, the run has no figures rather than figures of other thresholds.
+    _forget(folder)
+    models.save_policy(net, folder)
+    return found
+
+
+def _measured(net: MultiExit, policy: Policy, images: data.ImageSet) -> Calibrated:
+    device = next(net.parameters()).device
+    right, exit, macs = [], [], []
+    with certifying(net):
+        for part in torch.arange(len(images)).split(500):
+            x, y = images.batch(part, device)
+            answer = net.adaptive(x, policy)
+            right.append((answer.label == y).cpu())
+            exit.append(answer.exit.cpu())
+            macs.append(answer.macs.cpu())
+    shares = torch.cat(exit).bincount(minlength=net.exits).double() / len(images)
+    return Calibrated(
+        policy,
+        len(images),
+        torch.cat(right).double().mean().item(),
+        shares.tolist(),
+        torch.cat(macs).double().mean().item(),
+        net.macs(images.shape)[-1],
+    )
+
+
+def _forget(folder: Path) -> None:
+    """Take out of a run what depends on thresholds; how it was trained stays."""
+    path = folder / results.NAME
+    if path.exists():
+        known = results.read(folder)
+        kept = {name: known[name] for name in ("seed", "device", "versions", "weights_sha256")}
+        kept["seconds"] = {"train": known["seconds"]["train"]}
+        files.write_json(path, results.merge_parts(results.empty_results(), kept))
+    for name in (samples.NAME, certificates.NAME, examples.NAME, examples.BROKEN, PAGE):
+        (folder / name).unlink(missing_ok=True)
