@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from swiftsure.bounds import operations as ops
 from swiftsure.bounds.graph import Graph, Node
 from swiftsure.bounds.tracing.calls import Call, Translation
+from swiftsure.bounds.tracing.folding import folded
 from swiftsure.bounds.tracing.forward import Traced
 from swiftsure.bounds.tracing.spellings import FUNCTIONS, METHODS, MODULES
 from swiftsure.errors import InputError
@@ -82,7 +83,7 @@ def _read(traced: Traced) -> Graph:
             outputs = [returned] if single else list(returned) if isinstance(returned, tuple | list) else []
             if not outputs or not all(isinstance(out, fx.Node) and out in done.index for out in outputs):
                 raise InputError("the network must return logits (batch, classes), or a tuple of them")
-            graph = Graph(done.nodes, [done.index[out] for out in outputs], single)
+            graph = folded(Graph(done.nodes, [done.index[out] for out in outputs], single))
             _require_faithful(graph, traced)
             return graph
         elif node in traced.live and traced.holds_tensors(node):
