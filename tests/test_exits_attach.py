@@ -17,6 +17,7 @@ import swiftsure as ss
 from swiftsure import exits
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, attach, equal_share
+from swiftsure.exits.heads import build_head, sized
 
 
 class Block(nn.Module):
@@ -476,3 +477,32 @@ def test_timm_backbones(name: str, cuts) -> None:
         assert torch.equal(net(x)[-1], trunk(x))
     net.train()
     sum(z.sum() for z in net(x)).backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "macs", "expected"),
+    [
+        ((8, 16, 16), 64 * 8 * 9 * 11 + 4 * 5 * 11, {"kind": "conv", "width": 11}),
+        ((8, 16, 16), 10**9, {"kind": "conv", "width": 16}),
+        ((8, 16, 16), 64 * 8 * 9 * 7, {"kind": "pooled", "grid": 4}),
+        ((8, 16, 16), 9 * 8 * 5, {"kind": "pooled", "grid": 3}),
+        ((8, 16, 16), 9 * 8 * 5 - 1, {"kind": "pooled", "grid": 2}),
+        ((8, 16, 16), 30, {"kind": "linear"}),
+        ((8, 1, 1), 40, {"kind": "pooled", "grid": 4}),
+        ((17, 8), 10**9, {"kind": "linear"}),
+        ((8,), 10**9, {"kind": "linear"}),
+    ],
+)
+def test_a_head_is_as_large_as_its_budget_allows(shape, macs: int, expected) -> None:
+    assert sized(shape, 5, macs) == expected
+    head = build_head(expected, shape, 5)
+    assert head(torch.rand(2, *shape)).shape == (2, 5)
+    if macs > 30:
+        cost = exits.static_macs(nn.Sequential(head), shape)
+        assert cost <= macs or expected["kind"] == "linear"
+
+
+def test_a_linear_head_on_tokens_reads_their_mean() -> None:
+    head = build_head({"kind": "linear"}, (4, 3), 2)
+    x = torch.rand(5, 4, 3)
+    torch.testing.assert_close(head(x), head[1](x.mean(1)))

@@ -83,6 +83,18 @@ def _count(value: str | int) -> int:
     return int(text)
 
 
+def _number(value: str | float) -> float:
+    """A number.
+
+    Raises:
+        argparse.ArgumentTypeError: something else.
+    """
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number; allowed: such as 5e6") from None
+
+
 def _numbers(value: str | Sequence[float]) -> list[float]:
     """Numbers with commas between them; jsonargparse passes them through twice, as text and as what it became.
 
@@ -205,7 +217,7 @@ COMMANDS = {
             _RUN,
             _argument(
                 "--macs",
-                type=float,
+                type=_number,
                 metavar="NUMBER",
                 help="mean multiply-adds an image may cost (default: equally many images leave at each exit)",
             ),

@@ -140,7 +140,10 @@ def _pooled(shape: tuple[int, int, int], classes: int, grid: int) -> list[nn.Mod
 
 
 def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
-    """The widest "conv" head for a map that costs at most so many multiply-adds; "linear" where none does.
+    """The largest head that costs at most so many multiply-adds.
+
+    A "conv" head as wide as it may be, if that is at least 8 channels; else the finest "pooled" one; else "linear",
+    which costs next to nothing.
 
     Args:
         shape: of one sample of what the head reads.
@@ -154,7 +157,12 @@ def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
     one = rows * columns * channels * 9 + min(rows, 2) * min(columns, 2) * classes
     # Twice as wide as what it reads is wide enough: more would only be cost.
     width = min(macs // one, 2 * channels)
-    return {"kind": "conv", "width": int(width)} if width >= 4 else {"kind": "linear"}
+    if width >= min(8, 2 * channels):
+        return {"kind": "conv", "width": int(width)}
+    for grid in (4, 3, 2):
+        if min(height, grid) * min(breadth, grid) * channels * classes <= macs:
+            return {"kind": "pooled", "grid": grid}
+    return {"kind": "linear"}
 
 
 def _map(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ class MultiExit(nn.Module):
             raise InputError(f"{len(stages)} stages and {len(heads)} heads; allowed: one head for each stage")
         self.stages, self.heads = nn.ModuleList(stages), nn.ModuleList(heads)
         self.copies = tuple(copies) if copies is not None else (False,) * len(heads)
-        self._macs: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._macs: dict[tuple[tuple[int, ...], int], Tensor] = {}
         self._policy: Policy | None = None
         self.policy = policy
 
@@ -121,50 +121,58 @@ class MultiExit(nn.Module):
         config = getattr(self, "config", None)
         config = config if isinstance(config, dict) else {}
         check_batch(x, shape=config.get("input_shape"))
-        _require_place(self, x)
-        trains, numbers = _state_of(self)
+        trains, numbers, weights = _state_of(self)
+        if weights is not None and (weights.device, weights.dtype) != (x.device, x.dtype):
+            raise InputError(
+                f"images are {x.dtype} on {x.device}, the network is {weights.dtype} on {weights.device}; "
+                "they must be alike"
+            )
         # To set the mode of hundreds of modules takes longer than to see that it is set.
         with torch.no_grad(), evaluating(self) if trains else nullcontext():
             logits, exit = self._leave(x, policy) if len(x) else _nobody(x, config.get("classes", 0))
-            macs = torch.tensor(self._known_macs(tuple(x.shape[1:]), numbers), device=x.device)[exit]
+            macs = self._known_macs(tuple(x.shape[1:]), numbers).to(x.device)[exit]
         return Answer(logits.argmax(1) if len(x) else exit, exit, macs, logits)
 
     def _leave(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
         """The logits by which each image leaves, and the exit: (B, classes), (B,)."""
         state: tuple[Tensor, ...] = (x,)
-        inside = torch.arange(len(x), device=x.device)
-        exit = torch.zeros_like(inside)
-        given: Tensor | None = None
+        inside: Tensor | None = None  # which images the state is of; None: all
+        gone: list[tuple[Tensor, Tensor, int]] = []
         for number, (stage, head, copied) in enumerate(
             zip(self.stages, self.heads, self.copies, strict=True)
         ):
             state = as_state(stage(*state))
             z = head(state[0].clone() if copied else state[0])
-            leaves = policy.fires(number, z)
-            if given is None:
-                # A first guess for all; who stays is given another answer later.
-                given = z.clone()
-            else:
-                given[inside] = z
-                exit[inside] = number
-            stay = (~leaves).nonzero()[:, 0]
-            if len(stay) == 0:
+            if number == self.exits - 1:
                 break
-            if len(stay) < len(inside):
-                inside = inside[stay]
+            leaves = policy.fires(number, z)
+            count = int(leaves.sum())
+            if count == len(leaves):
+                break
+            if count:
+                leave, stay = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
+                gone.append((leave if inside is None else inside[leave], z[leave], number))
+                inside = stay if inside is None else inside[stay]
                 state = tuple(part.index_select(0, stay) for part in state)
-        assert given is not None
+        exit = torch.full((len(x),), number, device=x.device)
+        if inside is None:
+            return z, exit
+        given = z.new_empty(len(x), z.shape[1])
+        given[inside] = z
+        for place, logits, at in gone:
+            given[place] = logits
+            exit[place] = at
         return given, exit
 
     def macs(self, input_shape: Sequence[int]) -> list[int]:
         """What an image (C, H, W) costs that leaves at each exit: K multiply-adds, counted once and kept."""
-        return self._known_macs(tuple(input_shape), _state_of(self)[1])
+        return self._known_macs(tuple(input_shape), _state_of(self)[1]).tolist()
 
-    def _known_macs(self, input_shape: tuple[int, ...], numbers: int) -> list[int]:
+    def _known_macs(self, input_shape: tuple[int, ...], numbers: int) -> Tensor:
         # The number of parameters is part of the key, for networks that are pruned when they are known already.
         key = input_shape, numbers
         if key not in self._macs:
-            self._macs[key] = cumulative(self.counts(input_shape))
+            self._macs[key] = torch.tensor(cumulative(self.counts(input_shape)))
         return self._macs[key]
 
     def counts(self, input_shape: Sequence[int]) -> list[tuple[Count, Count]]:
@@ -212,26 +220,19 @@ class _Whole(nn.Module):
         return logits
 
 
-def _state_of(net: nn.Module) -> tuple[bool, int]:
-    """Whether any module is in training mode, and how many numbers the parameters hold; in microseconds."""
-    trains, numbers, left = False, 0, [net]
+def _state_of(net: nn.Module) -> tuple[bool, int, Tensor | None]:
+    """Whether any module is in training mode, how many numbers the parameters hold, and one; in microseconds."""
+    trains, numbers, one, left = False, 0, None, [net]
     while left:
         module = left.pop()
         trains |= module.training
         for parameter in module._parameters.values():
-            numbers += 0 if parameter is None else parameter.numel()
+            if parameter is not None:
+                numbers += parameter.numel()
+                one = parameter
         left += [child for child in module._modules.values() if child is not None]
-    return trains, numbers
+    return trains, numbers, one
 
 
 def _nobody(x: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return x.new_zeros(0, classes), torch.zeros(0, dtype=torch.int64, device=x.device)
-
-
-def _require_place(net: nn.Module, x: Tensor) -> None:
-    weights = next(iter(net.parameters()), x)
-    if (weights.device, weights.dtype) != (x.device, x.dtype):
-        raise InputError(
-            f"images are {x.dtype} on {x.device}, the network is {weights.dtype} on {weights.device}; "
-            "they must be alike"
-        )

@@ -21,9 +21,7 @@ from swiftsure.suggestion import unknown
 
 def entropy(logits: Tensor) -> Tensor:
     """The softmax entropy of logits (B, classes) in nats: (B,) float64, from 0 to ln(classes)."""
-    log_p = F.log_softmax(logits.double(), dim=1)
-    # Where p is 0 because a logit is -inf, its log is -inf, and the term is 0.
-    return -torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(1)
+    return torch.special.entr(F.softmax(logits.double(), dim=1)).sum(1)
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -106,8 +104,8 @@ class Policy:
         """
         if exit == len(self.thresholds):
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        sign = RULES[self.rule].sign
-        return sign * self.score(logits) < sign * self.thresholds[exit]
+        score, threshold = self.score(logits), self.thresholds[exit]
+        return score < threshold if RULES[self.rule].sign > 0 else score > threshold
 
     def exit_of(self, logits: Sequence[Tensor]) -> Tensor:
         """The exit, from 0, by which each input leaves, given the logits of all exits: (B,) int64.
