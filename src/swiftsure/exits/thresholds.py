@@ -14,8 +14,8 @@ from swiftsure.exits.multi_exit import MultiExit
 from swiftsure.exits.policies import Policy, known_rule
 from swiftsure.modes import evaluating
 
-_GRID = 64
-"""Quantiles of an exit's scores that a search tries as its threshold."""
+_SHARES = sorted({step / 64 for step in range(65)} | {1 / 256, 1 / 128, 127 / 128, 255 / 256})
+"""Quantiles of an exit's scores that a search tries as its threshold, finer where nobody or nearly all leave."""
 _ROUNDS = 10
 
 
@@ -136,7 +136,7 @@ class _Search:
         self.scores, self.right, self.macs, self.budget = scores, right, macs, budget
         self.sides, self.samples = scores.shape
         ordered = scores.sort(1).values
-        places = [round(step * self.samples / _GRID) for step in range(_GRID + 1)]
+        places = [round(share * self.samples) for share in _SHARES]
         # (K - 1, grid): from "nobody leaves" to "all do".
         self.grid = torch.tensor([[_behind(row, place) for place in places] for row in ordered])
 
@@ -155,14 +155,14 @@ class _Search:
         yield self.grid[:, -1][None]
         never = self.grid[:, 0]
         for side in range(self.sides):
-            alone = never.repeat(_GRID + 1, 1)
+            alone = never.repeat(len(_SHARES), 1)
             alone[:, side] = self.grid[side]
             yield alone
-        for step in range(1, _GRID):
+        for share in _SHARES[1:-1]:
             inside, thresholds = torch.arange(self.samples), []
             for side in range(self.sides):
                 ordered = self.scores[side, inside].sort().values
-                threshold = _behind(ordered, round(len(inside) * step / _GRID))
+                threshold = _behind(ordered, round(share * len(inside)))
                 thresholds.append(threshold)
                 inside = inside[self.scores[side, inside] >= threshold]
             yield torch.tensor([thresholds], dtype=torch.float64)
@@ -170,7 +170,7 @@ class _Search:
     def _moves(self, best: Tensor) -> Iterator[Tensor]:
         """One threshold moved over the whole grid, or two over every other point of it."""
         for side in range(self.sides):
-            moved = best.repeat(_GRID + 1, 1)
+            moved = best.repeat(len(_SHARES), 1)
             moved[:, side] = self.grid[side]
             yield moved
         coarse = self.grid[:, ::2]
