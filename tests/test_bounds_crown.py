@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import reference_crown as reference
 from swiftsure import bounds, models
 from swiftsure.ball import Ball
 from swiftsure.bounds import relaxation
+from test_bounds_reference import KINDS, Outputs
 
 METHODS = ("interval", *reference.METHODS)
 BALLS = {"inf": Ball(0.05), "2": Ball(0.4, "2"), "1": Ball(0.4, "1")}
@@ -161,3 +163,36 @@ def test_margins_and_their_gradients_equal_the_reference(
             gradients = torch.autograd.grad(F.cross_entropy(-found, y), parameters)
             for mine, theirs in zip(gradients, expected, strict=True):
                 assert apart(mine, theirs) < 1e-5, method
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_every_form_equal_the_reference(kind: str, norm: str) -> None:
+    torch.manual_seed(0)
+    net, ball = Outputs(kind).double(), Ball(0.3, norm)
+    x, y = torch.rand(3, 1, 4, 4).double(), torch.tensor([0, 1, 2])
+    for method in reference.METHODS:
+        wanted = reference.margins(net, x, y, ball, method)
+        found = networks.outputs(bounds.margins(net, x, y, ball, method))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for crown, alpha in zip(
+        found, networks.outputs(bounds.margins(net, x, y, ball, "alpha-crown")), strict=True
+    ):
+        assert (alpha >= crown - 1e-12).all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("method", bounds.TECHNIQUES)
+def test_bounds_are_the_same_in_every_mode_of_autograd(method: str, mode: Callable[[], Any]) -> None:
+    net, x, y = problem("plain")
+    wanted = bounds.margins(net, x, y, BALLS["inf"], method)
+    with mode():
+        found = bounds.margins(net, x, y, BALLS["inf"], method)
+    torch.testing.assert_close(found.clone(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", bounds.TECHNIQUES)
+def test_one_class_has_no_rivals(method: str) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 1))
+    margins = bounds.margins(net, torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.long), Ball(0.1), method)
+    assert margins.tolist() == [[0.0], [0.0]]

@@ -146,6 +146,69 @@ def test_two_exits_equal_two_networks(case: networks.Case, methods: tuple[str, .
             torch.testing.assert_close(shared, found, rtol=1e-10, atol=1e-10)
 
 
+@settings(quick, max_examples=20)
+@given(networks.cases())
+def test_alpha_crown_is_never_looser_than_crown(case: networks.Case) -> None:
+    case = case.double()
+    crown, alpha = (
+        networks.outputs(bounds.output_bounds(case.net, case.x, case.ball, method), pairs=True)
+        for method in ("crown", "alpha-crown")
+    )
+    for (lower, upper), (low, high) in zip(crown, alpha, strict=True):
+        assert (low >= lower - 1e-9 * (1 + lower.abs())).all()
+        assert (high <= upper + 1e-9 * (1 + upper.abs())).all()
+    # Margins that CROWN proves are left alone; the others are taken as far as they go, or until they are proven.
+    crown, alpha = (
+        networks.outputs(bounds.margins(case.net, case.x, case.y, case.ball, method))
+        for method in ("crown", "alpha-crown")
+    )
+    for proof, better in zip(crown, alpha, strict=True):
+        assert (better >= proof - 1e-9 * (1 + proof.abs())).all()
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+@pytest.mark.parametrize(
+    "affine",
+    [
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(18, 4)),
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 2, 2, 1, bias=False), nn.Flatten()),
+        lambda: nn.Sequential(nn.AvgPool2d(2, 1), nn.Flatten()),
+    ],
+    ids=["linear", "convolution", "pooling"],
+)
+def test_all_techniques_are_exact_on_one_affine_map(affine: Callable[[], nn.Module], norm: str) -> None:
+    """The least and the largest value are attained at the ball's own maximisers."""
+    torch.manual_seed(0)
+    net, ball = affine().double(), Ball(0.3, norm)
+    x = (torch.rand(2, 2, 3, 3) * 1.4 - 0.2).clamp(0, 1).double().requires_grad_()
+    logits = net(x)
+    least, largest = logits.detach().clone(), logits.detach().clone()
+    for j in range(logits.shape[1]):
+        (slope,) = torch.autograd.grad(logits[:, j].sum(), x, retain_graph=True)
+        with torch.no_grad():
+            largest[:, j] = net(ball.maximiser(x.detach(), slope))[:, j]
+            least[:, j] = net(ball.maximiser(x.detach(), -slope))[:, j]
+    for method in METHODS:
+        lower, upper = bounds.output_bounds(net, x.detach(), ball, method)
+        if norm == "inf":
+            torch.testing.assert_close((lower, upper), (least, largest), rtol=1e-9, atol=1e-9, msg=method)
+            continue
+        # Where the pixel range cuts the ball, the lesser of two reaches is not the exact one.
+        assert (lower <= least + 1e-9).all() and (upper >= largest - 1e-9).all(), method
+        inside = x.detach() * 0.2 + 0.4
+        lower, upper = bounds.output_bounds(net, inside, Ball(0.3, norm), method)
+        center = net(inside).detach()
+        for j in range(logits.shape[1]):
+            (slope,) = torch.autograd.grad(logits[:, j].sum(), x, retain_graph=True)
+            dual = 2 if norm == "2" else torch.inf
+            reach = 0.3 * torch.linalg.vector_norm(slope.flatten(1), ord=dual, dim=1)
+            found = (center[:, j] - lower[:, j], upper[:, j] - center[:, j])
+            if method == "interval":  # knows the box round the ball only
+                assert all((side > reach + 1e-6).all() for side in found)
+            else:
+                torch.testing.assert_close(found, (reach, reach), rtol=1e-9, atol=1e-9, msg=method)
+
+
 # How bounds are computed must not show
 
 

@@ -289,14 +289,14 @@ class Outputs(nn.Module):
         }[self.kind]()
 
 
+KINDS = [
+    "an exit on an exit", "the same exit twice", "an affine exit", "a tuple of one",
+    "a sum of heads", "a difference of heads", "relu last", "scaled logits",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("norm", ["inf", "2", "1"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "an exit on an exit", "the same exit twice", "an affine exit", "a tuple of one",
-        "a sum of heads", "a difference of heads", "relu last", "scaled logits",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
 def test_outputs_of_every_form_equal_the_reference(kind: str, norm: str) -> None:
     torch.manual_seed(0)
     net, ball = Outputs(kind).double(), Ball(0.3, norm)
