@@ -277,6 +277,23 @@ def test_default_exits_do_not_cut_through_residual_blocks() -> None:
     assert torch.equal(net.eval()(images())[-1], net.backbone(images()))
 
 
+class Mutating(nn.Module):
+    """Writes into a list that it is given, as torch.fx lets nobody do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner, self.c = nn.Linear(192, 4), Appending(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.inner([self.a(x.flatten(1))]))
+
+
+class Appending(nn.Module):
+    def forward(self, values: list[Tensor]) -> Tensor:
+        values.append(values[0])
+        return torch.stack(values).sum(0)
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
@@ -359,6 +376,7 @@ def test_cuts_and_heads_that_do_not_fit(cuts, words: str) -> None:
         (nn.Sequential(nn.Conv2d(3, 2, 3)), {}, images(1), "the backbone returns (2, 2, 6, 6)"),
         (ss.models.build("rdi_smallcnn"), 3, None, "the backbone has 3 exits already"),
         (Untraceable(), {"first": "linear"}, images(1), "Untraceable cannot be traced by torch.fx at line "),
+        (Mutating(), {"a": "linear"}, images(1), "Mutating fails as torch.fx traced it"),
         (Untraceable(), 3, images(1), "of test_exits_attach.py, `if x.max() > 1e9:`"),
     ],
 )
@@ -440,6 +458,7 @@ def test_modes_are_kept() -> None:
         ("resnet18", 4),
         ("efficientnet_b0", 3),
         ("convnext_tiny", 3),
+        ("swin_t", 3),
     ],
 )
 def test_torchvision_backbones(name: str, cuts) -> None:
@@ -490,6 +509,9 @@ def test_timm_backbones(name: str, cuts) -> None:
         ((8, 16, 16), 30, {"kind": "linear"}),
         ((8, 1, 1), 40, {"kind": "pooled", "grid": 4}),
         ((17, 8), 10**9, {"kind": "linear"}),
+        ((16, 16, 8), 64 * 8 * 9 * 11 + 4 * 5 * 11, {"kind": "conv", "width": 11, "channels_last": True}),
+        ((16, 16, 8), 9 * 8 * 5, {"kind": "pooled", "grid": 3, "channels_last": True}),
+        ((16, 16, 8), 9, {"kind": "linear", "channels_last": True}),
         ((8,), 10**9, {"kind": "linear"}),
     ],
 )
@@ -500,6 +522,29 @@ def test_a_head_is_as_large_as_its_budget_allows(shape, macs: int, expected) -> 
     if macs > 30:
         cost = exits.static_macs(nn.Sequential(head), shape)
         assert cost <= macs or expected["kind"] == "linear"
+
+
+@pytest.mark.parametrize("kind", ["linear", "pooled", "conv"])
+def test_heads_read_channels_wherever_they_are(kind: str) -> None:
+    x = torch.rand(2, 5, 12, 12)
+    torch.manual_seed(0)
+    first = build_head({"kind": kind}, (5, 12, 12), 3)
+    torch.manual_seed(0)
+    last = build_head({"kind": kind, "channels_last": True}, (12, 12, 5), 3)
+    torch.testing.assert_close(last(x.permute(0, 2, 3, 1)), first(x))
+
+
+def test_maps_with_channels_last_are_told_by_their_shape() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.permute(0, 2, 3, 1)
+
+    trunk = nn.Sequential(Last(), nn.Flatten(), nn.Linear(192, 4))
+    assert attach(trunk, {"0": "linear"}, images(1)).config["exits"] == {
+        "0": {"channels_last": True, "kind": "linear"}
+    }
+    by_hand = attach(trunk, {"0": {"kind": "linear", "channels_last": False}}, images(1))
+    assert by_hand.config["exits"] == {"0": {"kind": "linear", "channels_last": False}}
 
 
 def test_a_linear_head_on_tokens_reads_their_mean() -> None:

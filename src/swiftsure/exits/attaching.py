@@ -72,9 +72,10 @@ def attach(
     descriptions: dict[str, Description | None] = {}
     for place, (name, tap) in enumerate(zip(names, taps, strict=False)):
         head = exits[name]
-        descriptions[name] = None if isinstance(head, nn.Module) else described(head)
+        descriptions[name] = None
         if not isinstance(head, nn.Module):
-            head = build_head(described(head), tap.shape[1:], classes).to(tap.device, tap.dtype)
+            description = descriptions[name] = described(head, tap.shape[1:])
+            head = build_head(description, tap.shape[1:], classes).to(tap.device, tap.dtype)
             head.train(backbone.training)
         _require_classes(head, name, tap, classes)
         net.heads[place] = head

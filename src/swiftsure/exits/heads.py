@@ -1,6 +1,7 @@
 """Side heads by name: small modules from what a cut yields to logits, described in plain JSON so that they load again.
 
-What a cut yields: a map (batch, C, H, W), tokens (batch, N, D), or features (batch, F).
+What a cut yields: a map (batch, C, H, W), a map with its channels last (batch, H, W, C), as Swin has them, tokens
+(batch, N, D), or features (batch, F).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Description = dict[str, Any]
 """{"kind": a name, and options of its builder}."""
 
 _BUILDERS: dict[str, Builder] = {}
+
+_OWN = ("linear", "pooled", "conv")
 
 CONV_GRID = 8
 """What a convolutional head pools larger maps to, in pixels a side."""
@@ -56,8 +59,12 @@ def head_names() -> list[str]:
     return sorted(_BUILDERS)
 
 
-def described(head: Any) -> Description:
+def described(head: Any, shape: Sequence[int]) -> Description:
     """A head as it is stored, from a name or from a table with kind and options.
+
+    Args:
+        head: what the user gave.
+        shape: of one sample of what it reads; heads of this file are told where its channels are.
 
     Raises:
         InputError: it is neither.
@@ -69,7 +76,12 @@ def described(head: Any) -> Description:
             f"a head is {head!r}; allowed: a torch.nn.Module, one of {', '.join(head_names())}, or a table with such a "
             "kind and its options"
         )
-    return dict(head)
+    return {**(_layout(shape) if head["kind"] in _OWN else {}), **head}
+
+
+def _layout(shape: Sequence[int]) -> Description:
+    """Images are square as a rule; then height and width of a map are the two that are equal."""
+    return {"channels_last": True} if len(shape) == 3 and shape[0] == shape[1] != shape[2] else {}
 
 
 def build_head(description: Mapping[str, Any], shape: Sequence[int], classes: int) -> nn.Module:
@@ -104,11 +116,19 @@ class _TokenMean(nn.Module):
         return x.mean(1)
 
 
+class _ChannelsFirst(nn.Module):
+    """Channels from the end to the front."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, H, W, C) to (batch, C, H, W)."""
+        return x.permute(0, 3, 1, 2)
+
+
 @register_head("linear")
-def linear(shape: Sequence[int], classes: int) -> nn.Module:
+def linear(shape: Sequence[int], classes: int, channels_last: bool = False) -> nn.Module:
     """The mean over pixels or tokens, then a linear layer."""
     if len(shape) == 3:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[0], classes))
+        return nn.Sequential(*_pooled(*_map(shape, channels_last), classes, 1))
     if len(shape) == 2:
         return nn.Sequential(_TokenMean(), nn.Linear(shape[1], classes))
     if len(shape) == 1:
@@ -117,26 +137,29 @@ def linear(shape: Sequence[int], classes: int) -> nn.Module:
 
 
 @register_head("pooled")
-def pooled(shape: Sequence[int], classes: int, grid: int = 4) -> nn.Module:
+def pooled(shape: Sequence[int], classes: int, grid: int = 4, channels_last: bool = False) -> nn.Module:
     """Average pooling of a map to at most grid x grid, then a linear layer on all of it."""
-    return nn.Sequential(*_pooled(_map(shape), classes, grid))
+    return nn.Sequential(*_pooled(*_map(shape, channels_last), classes, grid))
 
 
 @register_head("conv")
-def conv(shape: Sequence[int], classes: int, width: int = 16, grid: int = 2) -> nn.Module:
+def conv(
+    shape: Sequence[int], classes: int, width: int = 16, grid: int = 2, channels_last: bool = False
+) -> nn.Module:
     """Average pooling of a map to at most 8x8, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
-    channels, height, breadth = _map(shape)
+    first, (channels, height, breadth) = _map(shape, channels_last)
     size = min(height, CONV_GRID), min(breadth, CONV_GRID)
-    shrink = [] if size == (height, breadth) else [nn.AdaptiveAvgPool2d(size)]
-    convolution = nn.Conv2d(channels, width, 3, 1, 1)
-    return nn.Sequential(*shrink, convolution, nn.ReLU(), *_pooled((width, *size), classes, grid))
+    if size != (height, breadth):
+        first = [*first, nn.AdaptiveAvgPool2d(size)]
+    first = [*first, nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*_pooled(first, (width, *size), classes, grid))
 
 
-def _pooled(shape: tuple[int, int, int], classes: int, grid: int) -> list[nn.Module]:
+def _pooled(first: list[nn.Module], shape: tuple[int, int, int], classes: int, grid: int) -> list[nn.Module]:
     channels, height, width = shape
     rows, columns = min(height, grid), min(width, grid)
     linear = nn.Linear(channels * rows * columns, classes)
-    return [nn.AdaptiveAvgPool2d((rows, columns)), nn.Flatten(), linear]
+    return [*first, nn.AdaptiveAvgPool2d((rows, columns)), nn.Flatten(), linear]
 
 
 def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
@@ -152,21 +175,26 @@ def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
     """
     if len(shape) != 3:
         return {"kind": "linear"}
-    channels, height, breadth = shape
+    last = _layout(shape)
+    _, (channels, height, breadth) = _map(shape, bool(last))
     rows, columns = min(height, CONV_GRID), min(breadth, CONV_GRID)
     one = rows * columns * channels * 9 + min(rows, 2) * min(columns, 2) * classes
     # Twice as wide as what it reads is wide enough: more would only be cost.
     width = min(macs // one, 2 * channels)
     if width >= min(8, 2 * channels):
-        return {"kind": "conv", "width": int(width)}
+        return {"kind": "conv", "width": int(width), **last}
     for grid in (4, 3, 2):
         if min(height, grid) * min(breadth, grid) * channels * classes <= macs:
-            return {"kind": "pooled", "grid": grid}
-    return {"kind": "linear"}
+            return {"kind": "pooled", "grid": grid, **last}
+    return {"kind": "linear", **last}
 
 
-def _map(shape: Sequence[int]) -> tuple[int, int, int]:
+def _map(shape: Sequence[int], channels_last: bool) -> tuple[list[nn.Module], tuple[int, int, int]]:
+    """What brings the channels to the front, and (C, H, W)."""
     if len(shape) != 3:
         raise ValueError(f"it reads {tuple(shape)}; allowed: a map (C, H, W)")
+    if channels_last:
+        height, width, channels = shape
+        return [_ChannelsFirst()], (channels, height, width)
     channels, height, width = shape
-    return channels, height, width
+    return [], (channels, height, width)

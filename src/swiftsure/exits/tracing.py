@@ -88,7 +88,7 @@ class Trace:
             example: an image or a batch (B, C, H, W); its shape and type are used.
 
         Raises:
-            InputError: the backbone cannot take such images.
+            InputError: what was traced does not run on such images.
         """
         root = Root(backbone)
         vars(root).update(self.constants)
@@ -100,9 +100,13 @@ class Trace:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 try:
                     recorder.run(probe)
-                except (RuntimeError, ValueError) as error:
-                    shape, line = tuple(example.shape[1:]), (str(error).strip().splitlines() or [""])[0]
-                    raise InputError(f"the backbone cannot take images of shape {shape}: {line}") from None
+                except Exception as error:
+                    # The backbone's own code raises whatever it likes; the user needs the one line.
+                    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise InputError(
+                        f"{type(backbone).__name__} fails as torch.fx traced it, on images of shape "
+                        f"{tuple(example.shape[1:])}: {line}"
+                    ) from None
             seen.append(recorder.seen)
         return {node: [shapes[node] for shapes in seen] for node in seen[0]}
 
