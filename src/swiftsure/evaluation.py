@@ -6,7 +6,7 @@ attack breaks a certified sample, and results.json only after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -14,25 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 import swiftsure.files as files
-from swiftsure import certificates, data, examples, models, report, results, run, samples
-from swiftsure.attacks.objectives import as_exits
+from swiftsure import certificates, examples, report, results, run, samples, usage
 from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
-from swiftsure.ball import Ball
 from swiftsure.certificates import METHODS, Certificate, certify, certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError, SoundnessError
-from swiftsure.exits import latency_ms, parameters, static_macs
-from swiftsure.models.storage import CONFIG, WEIGHTS
-from swiftsure.recipe import Recipe
+from swiftsure.exits import Answer, MultiExit, adaptive_latency_ms, latency_ms, parameters, static_macs
+from swiftsure.models.storage import WEIGHTS
 from swiftsure.samples import Table
+from swiftsure.subject import BATCH, Subject, open_subject
 
 PAGE = "report.html"
-_BATCH = 500
-"""Images that are float on the device at once."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +47,6 @@ class Measured:
     page: Path | None = None
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A trained network, the images and the ball that it is measured on, and what is known of it already."""
-
-    folder: Path
-    recipe: Recipe
-    net: nn.Module
-    images: data.ImageSet
-    ball: Ball
-    device: torch.device
-    results: dict[str, Any]
-
-    @property
-    def n(self) -> int:
-        """How many samples are measured."""
-        return len(self.images)
-
-
 def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -> Measured:
     """Attack a run's network; writes its part of results.json, its columns of samples.csv, and examples.npz.
 
@@ -86,10 +63,16 @@ def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -
     suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
     results.require_joinable(subject.results, ("clean", "attacked"), subject.n, subject.ball)
     proven = _certificates_at_hand(subject)
-    clean = _clean_columns(subject)
+    answers = subject.answers()
+    clean = _clean_columns(subject, answers)
     found = _attack(subject, suite)
+    worst = subject.answers(found.worst)
+    parts = [
+        _attack_parts(subject, found, clean),
+        usage.parts(subject, answers, worst, usage.slowed(subject, answers)),
+    ]
     table = {**clean, **_attack_columns(found), **proven}
-    return _publish(subject, _attack_parts(subject, found, clean), table, found)
+    return _publish(subject, _joined(parts), table, found, worst)
 
 
 def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any) -> Measured:
@@ -107,13 +90,13 @@ def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any)
     method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
     results.require_joinable(subject.results, ("clean", "verified"), subject.n, subject.ball)
     standing = samples.read(subject.folder) if subject.results["attacked"] else {}
-    clean = _clean_columns(subject)
+    answers = subject.answers()
+    clean = _clean_columns(subject, answers)
     certificate, seconds = _certify(subject, method)
     measured = {**clean, **_proven_columns(certificate)}
     table = samples.join(standing, measured, [name for name in standing if samples.is_attacked(name)])
-    return _publish(
-        subject, _certify_parts(subject, certificate, seconds, clean), table, certificate=certificate
-    )
+    parts = [_certify_parts(subject, certificate, seconds, clean), usage.parts(subject, answers)]
+    return _publish(subject, _joined(parts), table, certificate=certificate)
 
 
 def measure_run(folder: str | Path, **choice: Any) -> Measured:
@@ -136,80 +119,32 @@ def evaluate_run(
 ) -> Measured:
     """Certify, attack and measure a run's network on the same images and ball, and draw its page.
 
-    What was measured before on other samples or in another ball is replaced.
+    What was measured before on other samples or in another ball is replaced. A network of several exits is measured
+    as it is deployed, with its thresholds; certificates for it do not exist yet.
 
     Args and errors as in `attack_run` and `certify_run`.
     """
     subject = open_subject(folder, **choice)
     suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
     method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
-    clean = _clean_columns(subject)
-    certificate, seconds = _certify(subject, method)
+    answers = subject.answers()
+    clean = _clean_columns(subject, answers)
+    table, parts, certificate = clean, [], None
+    if subject.exits == 1:
+        certificate, seconds = _certify(subject, method)
+        parts.append(_certify_parts(subject, certificate, seconds, clean))
+        table = {**table, **_proven_columns(certificate)}
     found = _attack(subject, suite)
-    parts = [
-        _certify_parts(subject, certificate, seconds, clean),
+    worst = subject.answers(found.worst)
+    parts += [
         _attack_parts(subject, found, clean),
+        usage.parts(subject, answers, worst, usage.slowed(subject, answers)),
         _measure_parts(subject),
     ]
-    merged = {
-        name: value for part in parts for name, value in part.items() if name not in ("seconds", "macs")
-    }
-    for name in ("seconds", "macs"):
-        merged[name] = {key: value for part in parts for key, value in part.get(name, {}).items()}
-    table = {**clean, **_attack_columns(found), **_proven_columns(certificate)}
-    measured = _publish(subject, merged, table, found, certificate)
+    table = {**table, **_attack_columns(found)}
+    measured = _publish(subject, _joined(parts), table, found, worst, certificate)
     page = report.page([subject.folder], subject.folder / PAGE)
     return Measured(measured.results, measured.data, measured.parameters, page)
-
-
-def open_subject(
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    eps: float | str | None = None,
-    device: str = "auto",
-    model: str | None = None,
-    data_root: str | Path | None = None,
-) -> Subject:
-    """All that a measurement needs, checked.
-
-    Args:
-        folder: a run directory whose training is finished.
-        limit: the first so many test images; None: the recipe's, else all.
-        eps: another radius than the recipe's.
-        device: "auto" or a torch device.
-        model: "package.module:function" for an architecture that no name is registered for.
-        data_root: where the data sets lie.
-
-    Raises:
-        InputError: what is missing, damaged, of another network or of other data.
-    """
-    folder = Path(folder)
-    recipe = run.read_recipe(folder)
-    ball = recipe.ball.build()
-    if eps is not None:
-        ball = ball.with_eps(eps)
-    where = run.pick_device(device)
-    limit = recipe.evaluate.limit if limit is None else limit
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise InputError(f"limit is {limit!r}; allowed: an integer >= 1, or None for all test images")
-    net = run.read_network(folder, where, model)
-    config = models.read_config(folder)
-    if config.get("weights_sha256") != files.sha256(folder / WEIGHTS):
-        raise InputError(f"{folder / WEIGHTS} is not the file that {CONFIG} was written with; train it again")
-    known = results.read(folder) if (folder / results.NAME).exists() else results.empty_results()
-    if known["weights_sha256"] not in (None, config["weights_sha256"]):
-        raise InputError(
-            f"{folder / results.NAME} was measured on other weights; remove it to begin a new one"
-        )
-    test = data.load(recipe.data.name, data_root, recipe.seed).test
-    stated = (config.get("data") or {}).get("test_sha256")
-    if stated not in (None, test.sha256()):
-        raise InputError(
-            f"the test images of {recipe.data.name} found here are not those of the run; name its data with --data"
-        )
-    images = test.select(slice(0, limit)) if limit is not None else test
-    return Subject(folder, recipe, net, images, ball, where, known)
 
 
 def _known(name: str, what: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -218,32 +153,28 @@ def _known(name: str, what: str, allowed: Mapping[str, Any] | tuple[str, ...]) -
     return name
 
 
-def _clean_columns(subject: Subject) -> Table:
-    """index, label, prediction and correct of every sample."""
-    predicted = _predictions(subject, None)
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Parts of results.json together; those that are joined by key may come from several."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged[name] = {**merged.get(name, {}), **value} if name in results.JOINED_BY_KEY else value
+    return merged
+
+
+def _clean_columns(subject: Subject, answers: Answer) -> Table:
+    """index, label, prediction and correct of every sample; with several exits, exit and macs as well."""
     label = subject.images.labels.cpu().numpy()
-    index = np.arange(subject.n)
-    return {
-        "index": index,
+    predicted = answers.label.numpy()
+    table: Table = {
+        "index": np.arange(subject.n),
         "label": label,
         "prediction": predicted,
         "correct": (predicted == label).astype(np.int64),
     }
-
-
-def _predictions(subject: Subject, instead: Tensor | None) -> NDArray[np.int64]:
-    """The last exit's class of every sample, or of other images (n, C, H, W) in their place: (n,)."""
-    answers = []
-    with certifying(subject.net):
-        for start in range(0, subject.n, _BATCH):
-            part = slice(start, start + _BATCH)
-            x = (
-                subject.images.batch(part, subject.device)[0]
-                if instead is None
-                else instead[part].to(subject.device)
-            )
-            answers.append(as_exits(subject.net(x))[-1].argmax(1).cpu())
-    return torch.cat(answers).numpy()
+    return (
+        table if subject.exits == 1 else {**table, "exit": answers.exit.numpy(), "macs": answers.macs.numpy()}
+    )
 
 
 def _attack(subject: Subject, suite: str) -> SuiteResult:
@@ -256,7 +187,16 @@ def _attack(subject: Subject, suite: str) -> SuiteResult:
             advance(count - done.get(name, 0))
             done[name] = count
 
-        return run_suite(subject.net, x, y, subject.ball, suite, seed=subject.recipe.seed, progress=step)
+        return run_suite(
+            subject.net,
+            x,
+            y,
+            subject.ball,
+            suite,
+            seed=subject.recipe.seed,
+            judge=subject.judge,
+            progress=step,
+        )
 
 
 def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
@@ -264,8 +204,8 @@ def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
     began = perf_counter()
     parts: list[Certificate] = []
     with progress("certify", subject.n) as advance:
-        for start in range(0, subject.n, _BATCH):
-            x, y = subject.images.batch(slice(start, start + _BATCH), subject.device)
+        for start in range(0, subject.n, BATCH):
+            x, y = subject.images.batch(slice(start, start + BATCH), subject.device)
             delta = parts[0].delta if parts else None
             parts.append(certify(subject.net, x, y, ball=subject.ball, method=method, delta=delta))
             advance(len(x))
@@ -350,14 +290,17 @@ def _clean_part(clean: Table) -> dict[str, Any]:
 
 
 def _measure_parts(subject: Subject) -> dict[str, Any]:
-    shape = subject.images.shape
-    return {
-        "macs": {"static": static_macs(subject.net, shape)},
-        "latency_ms": {
-            "static_b1": latency_ms(subject.net, 1, input_shape=shape),
-            "static_b256": latency_ms(subject.net, 256, input_shape=shape),
-        },
+    shape, net = subject.images.shape, subject.net
+    latency = {
+        "static_b1": latency_ms(net, 1, input_shape=shape),
+        "static_b256": latency_ms(net, 256, input_shape=shape),
     }
+    if isinstance(net, MultiExit) and net.policy is not None and subject.exits > 1:
+        # Which exits are taken depends on the images: real ones, and enough of them.
+        for name, batch, count in (("adaptive_b1", 1, 64), ("adaptive_b256", 256, 512)):
+            x, _ = subject.images.batch(slice(0, count), subject.device)
+            latency[name] = adaptive_latency_ms(net, x, batch)
+    return {"macs": {"static": static_macs(net, shape)}, "latency_ms": latency}
 
 
 def _publish(
@@ -365,6 +308,7 @@ def _publish(
     parts: dict[str, Any],
     table: Table | None,
     found: SuiteResult | None = None,
+    worst: Answer | None = None,
     certificate: Certificate | None = None,
 ) -> Measured:
     """Write what was measured: table, certificates and examples, then the guard, then results.json."""
@@ -386,10 +330,10 @@ def _publish(
         certificates.write(folder, certificate, subject.images)
     if table is not None:
         samples.write(folder, table)
-        if found is None:
+        if found is None or worst is None:
             examples.update(folder, table)
         else:
-            examples.write(folder, subject.images, table, found.worst, _predictions(subject, found.worst))
+            examples.write(folder, subject.images, table, found.worst, worst.label.numpy())
         samples.refuse_broken_certificates(folder, table)
     if unsound is not None:
         raise unsound
