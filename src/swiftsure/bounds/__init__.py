@@ -15,6 +15,7 @@ from swiftsure.bounds import memory
 from swiftsure.bounds._alpha import alpha_crown
 from swiftsure.bounds._crown import crown, crown_ibp
 from swiftsure.bounds._interval import interval
+from swiftsure.bounds._linear import LinearMap, linear_map
 from swiftsure.bounds._symbolic import symbolic
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
@@ -51,12 +52,14 @@ TECHNIQUES: dict[str, Technique] = {
 __all__ = [
     "TECHNIQUES",
     "Graph",
+    "LinearMap",
     "Region",
     "Technique",
     "alpha_crown",
     "crown",
     "crown_ibp",
     "interval",
+    "linear_map",
     "lower_margins",
     "margins",
     "memory",
@@ -134,6 +137,8 @@ def lower_margins(bound: Technique, graph: Graph, region: Region, y: Tensor) -> 
     identity = torch.eye(classes, dtype=region.x.dtype, device=y.device)
     spec = identity[y][:, None] - identity[others]
     zero = region.x.new_zeros(len(y), classes)
+    if classes == 1:
+        return [zero] * len(graph.outputs)
     return [zero.scatter(1, others, low) for low, _ in bound(graph, region, spec, upper=False)]
 
 

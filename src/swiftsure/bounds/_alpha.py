@@ -44,7 +44,9 @@ def alpha_crown(
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
     """
-    with torch.no_grad():
+    # In a caller's inference mode nothing has gradients, nor has what was made in it: hence the copies.
+    with torch.inference_mode(False), torch.no_grad():
+        region, spec = Region(region.x.clone(), region.ball), None if spec is None else spec.clone()
         network = Substitution(graph, region, "tight", refine=True)
         bounds = []
         for output in graph.outputs:
@@ -125,10 +127,13 @@ def _run(
         best[sample, function] = torch.fmax(best[sample, function], found.detach())
         if until_positive:
             open_ = open_ & ~(best > ENOUGH)
-        if step == steps:
+        if step == steps or not loss.requires_grad:
             break
-        optimizer.zero_grad()
-        loss.backward()
+        # Not by `backward`, which would also add to the gradients of the network's own parameters.
+        for slope, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            slope.grad = gradient
         optimizer.step()
         decay.step()
         for slopes in (low, up):

@@ -170,7 +170,8 @@ class Relu(PiecewiseLinear):
         at_lower, at_upper = lower.relu() - slope * lower, upper.relu() - slope * upper
         least, largest = torch.minimum(at_lower, at_upper), torch.maximum(at_lower, at_upper)
         bends = (lower < 0) & (upper > 0)
-        return least.where(~bends, least.clamp_max(0)), largest.where(~bends, largest.clamp_min(0))
+        # By relu, not by clamps: a line along one of f's pieces has gradient 0, as inside; an ascent starts there.
+        return least.where(~bends, -(-least).relu()), largest.where(~bends, largest.relu())
 
     def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Below, slope 1 where u > -l, else 0 (CROWN's adaptive choice: the lesser area); above, the chord."""

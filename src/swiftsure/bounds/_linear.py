@@ -1,0 +1,74 @@
+"""The linear function of the image that a relaxation bounds an output by: which way to move, not only how far it goes.
+
+Attacks that look at a whole region take their direction from it (MixTrain's interval attack).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swiftsure.bounds import memory
+from swiftsure.bounds._substitution import Substitution
+from swiftsure.bounds.graph import Graph
+from swiftsure.bounds.region import Region
+from swiftsure.bounds.rows import Rows
+
+
+class LinearMap(NamedTuple):
+    """Functions f of an output as functions of the image x': |f - value - <coefficients, x' - center>| <= error."""
+
+    coefficients: Tensor
+    """(batch, functions, channels, height, width)."""
+    value: Tensor
+    """(batch, functions): at `Region.center`, by the middle lines of the relaxations."""
+    error: Tensor
+    """(batch, functions), >= 0; it holds for all of the region."""
+    lower: Tensor
+    """(batch, functions): the least that f can be over the region."""
+
+
+class _Recording(Region):
+    """A region that keeps the last rows that were taken back to it."""
+
+    rows: Rows
+
+    def reach(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        self.rows = rows
+        return super().reach(rows)
+
+
+def linear_map(graph: Graph, region: Region, spec: Tensor, output: int = -1) -> LinearMap:
+    """Linear functions of one output's logits as linear functions of the image, by MixTrain's relaxation.
+
+    Its lines are parallel, so one set of coefficients bounds a function from both sides (`symbolic`).
+
+    Args:
+        graph: the traced network.
+        region: the images that it holds for.
+        spec: (batch, functions, classes), rows of functions of the logits.
+        output: which exit, counted from 0; -1 is the last.
+    """
+    recording = _Recording(region.x, region.ball)
+    network = Substitution(graph, recording, "parallel", refine=True)
+    target = graph.outputs[output]
+    batch, count, classes = spec.shape
+    widest = max(int(torch.Size(graph.nodes[i].shape).numel()) for i in graph.ancestors(target))
+    most = max(1, memory.rows_at_once(widest, spec) // max(1, count))
+    coefficients, falls, reaches = [], [], []
+    for samples in torch.arange(batch, device=spec.device).split(most):
+        rows = Rows(
+            spec[samples].reshape(-1, classes),
+            None if batch == 1 else samples.repeat_interleave(count),
+            (classes,),
+            each=count if len(samples) == batch else 0,
+        )
+        falls.append(network.reach(target, rows)[0])
+        reaches.append(region.reach(recording.rows)[0])
+        coefficients.append(recording.rows.dense().spread().values)
+    value = (spec @ network.centers[target][..., None])[..., 0]
+    fall, reach = (torch.cat(parts).view(batch, count) for parts in (falls, reaches))
+    shape = (batch, count, *region.x.shape[1:])
+    return LinearMap(torch.cat(coefficients).view(shape), value, fall - reach, value - fall)
