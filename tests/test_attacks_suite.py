@@ -67,9 +67,12 @@ def test_repeatable_and_independent_of_the_other_attacks(task):
 def test_names_are_stable():
     assert {name: list(attacks) for name, attacks in SUITES.items()} == {
         "quick": ["fgsm", "pgd40"],
-        "standard": ["fgsm", "pgd40x5", "pgd40x5_margin"],
-        "full": ["fgsm", "pgd40x5", "pgd40x5_margin", "pgd200x10", "pgd200x10_margin"],
-    }
+        "standard": ["fgsm", "pgd40", "apgd_ce", "apgd_t", "square1000"],
+        "full": [
+            "fgsm", "pgd40", "apgd_ce", "apgd_t", "square1000", "pgd200x10", "pgd200x10_margin",
+            "apgd_cex5", "apgd_dlrx5", "apgd_marginx5", "interval40x5", "square5000",
+        ],
+    }  # fmt: skip
 
 
 def test_an_attack_that_leaves_the_ball_is_a_defect(task, monkeypatch):
@@ -103,6 +106,41 @@ def test_several_exits_are_judged_by_the_last_unless_told(task):
     ball = Ball(0.08)
     assert torch.equal(run_suite(Opposed(), x, y, ball).union, run_suite(net, x, y, ball).union)
     assert run_suite(Opposed(), x, y, ball, judge=single(0, misclassified)).misclassified.sum() > 15
+
+
+def test_an_attack_that_cannot_read_the_network_is_skipped_and_says_why(task, monkeypatch):
+    net, x, y = task
+    monkeypatch.setitem(
+        SUITES, "quick", {"interval": suite.interval_attack, "pgd40": SUITES["quick"]["pgd40"]}
+    )
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x.flatten(1).sort(1).values.view_as(x)) + self.net(x)
+
+    seen = []
+    result = run_suite(Sorted(), x, y, Ball(0.08), progress=lambda *step: seen.append(step))
+    assert list(result.broken) == list(result.seconds) == list(result.gradients) == ["pgd40"]
+    assert list(result.skipped) == ["interval"]
+    assert "sort" in result.skipped["interval"]
+    assert list(result.accuracy) == ["pgd40", "union"]
+    assert ("interval", 23, 23) in seen
+    assert run_suite(net, x, y, Ball(0.08)).skipped == {}
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("inf", 1.0), ("2", 4.0), ("1", 16.0)])
+def test_every_attack_breaks_what_it_can(task, norm, eps):
+    """The ball holds every image, so that all samples are soon broken and none goes on for thousands of steps."""
+    net, x, y = task
+    result = run_suite(net, x[3:7], y[3:7], Ball(eps, norm), "full")
+    assert result.skipped == {}
+    assert list(result.broken) == list(SUITES["full"])
+    weak = ("fgsm", "pgd40")
+    assert all(flags.all() for name, flags in result.broken.items() if name not in weak)
 
 
 def test_bad_input(task):

@@ -213,7 +213,9 @@ def test_a_backbone_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_exit_is_measured_like_any_network(tmp_path: Path) -> None:
-    folder = small_run.train(tmp_path / "run", "exits.count=1", "schedule.epochs=2", "evaluate.method=interval")
+    folder = small_run.train(
+        tmp_path / "run", "exits.count=1", "schedule.epochs=2", "evaluate.method=interval"
+    )
     net = network(folder)
     assert net.exits == 1
     assert net.policy is None

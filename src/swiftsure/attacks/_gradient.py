@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks.objectives import Objective, as_exits
+from swiftsure.attacks.objectives import Logits, Objective, as_exits
 from swiftsure.ball import Ball
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
-from swiftsure.models.modes import evaluating
+from swiftsure.modes import evaluating
 
 
 @dataclass
@@ -67,17 +67,28 @@ class GradientTally:
             self.report.nonfinite += nonfinite
 
 
-def input_gradient(net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Tensor:
-    """The gradient of the objective with respect to x, shaped like x; zero where x has no influence on it.
+def looked_at(
+    net: nn.Module, x: Tensor, y: Tensor, objective: Objective, *, gradient: bool = True
+) -> tuple[Logits, Tensor, Tensor]:
+    """One pass: logits of all exits, the objective (B,), and its gradient with respect to x, shaped like x.
 
-    No gradient of a parameter is computed or stored.
+    The gradient is zero where x has no influence on the objective, or where none is wanted. No gradient of a parameter
+    is computed or stored.
     """
-    x = x.detach().requires_grad_()
-    loss = objective(as_exits(net(x)), y)
-    if not loss.requires_grad:
-        return torch.zeros_like(x)
-    (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
-    return torch.zeros_like(x) if grad is None else grad
+    x = x.detach().requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        logits = as_exits(net(x))
+        loss = objective(logits, y)
+    grad: Tensor | None = None
+    if loss.requires_grad:
+        (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    grad = torch.zeros_like(x) if grad is None else grad
+    return tuple(z.detach() for z in logits), loss.detach(), grad
+
+
+def input_gradient(net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Tensor:
+    """The gradient of `looked_at` alone."""
+    return looked_at(net, x, y, objective)[2]
 
 
 @contextmanager
@@ -102,6 +113,16 @@ def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Te
     with torch.inference_mode(False):
         x, y = (t.detach().clone() if t.is_inference() else t.detach() for t in (x, y))
         return x, y.long()
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Refuse a number of steps, restarts or the like that is no integer from `least` on.
+
+    Raises:
+        InputError: as said.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}; allowed: an integer >= {least}")
 
 
 def assert_inside(x_adv: Tensor, x: Tensor, ball: Ball) -> Tensor:

@@ -13,10 +13,13 @@ from swiftsure.attacks._gradient import (
     GradientTally,
     assert_inside,
     attacking,
+    check_count,
     checked_inputs,
     input_gradient,
+    looked_at,
 )
-from swiftsure.attacks.objectives import Judge, Objective, as_exits, cross_entropy, misclassified
+from swiftsure.attacks._restarts import Found, worst_of
+from swiftsure.attacks.objectives import Judge, Objective, cross_entropy, misclassified
 from swiftsure.ball import Ball, steepest_l1
 from swiftsure.errors import InputError
 
@@ -75,7 +78,7 @@ def pgd(
         InputError: images or labels that do not fit each other, the network or the ball's pixel range; a
             number of steps or restarts or a step size that makes no sense.
     """
-    _check_options(steps, step_size, restarts)
+    check_options(steps, step_size, restarts)
     x, y = checked_inputs(net, x, y, ball)
     if ball.radius == 0 or len(x) == 0:
         return x.clone()
@@ -85,43 +88,51 @@ def pgd(
 
     def run(number: int, x: Tensor, y: Tensor) -> Tensor:
         """One restart: start at x or at random, then ascend."""
-        x_adv = ball.sample(x, generator) if random_start or number > 0 else x.clone()
-        rule = _RULES[ball.norm](ball, x, step_size)
-        for step in range(steps):
-            grad = input_gradient(net, x_adv, y, objective)
-            if tally is not None:
-                tally.add(grad)
-            x_adv = rule(x_adv.detach(), grad, step / steps)
-        return x_adv
+        start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
+        return ascend(net, x, y, start, ball, objective, steps, step_size, tally)
+
+    def judged(number: int, x: Tensor, y: Tensor) -> Found:
+        """One restart, and a last look at where it ended."""
+        x_adv = run(number, x, y)
+        logits, loss, _ = looked_at(net, x_adv, y, objective, gradient=False)
+        return Found(x_adv, loss, judge(logits, y))
 
     with attacking(net):
-        if restarts == 1:
-            worst = run(0, x, y)
-        else:
-            worst = x.clone()
-            largest = x.new_full((len(x),), -math.inf)
-            left = torch.arange(len(x), device=x.device)
-            for number in range(restarts):
-                x_adv = run(number, x[left], y[left])
-                with torch.no_grad():
-                    logits = as_exits(net(x_adv))
-                    loss, broken = objective(logits, y[left]).to(x.dtype), judge(logits, y[left])
-                better = broken | (loss > largest[left])
-                worst[left[better]] = x_adv[better]
-                largest[left[better]] = loss[better]
-                left = left[~broken]
-                if len(left) == 0:
-                    break
+        worst = run(0, x, y) if restarts == 1 else worst_of(x, y, restarts, judged)
     if tally is not None:
         tally.close()
     return assert_inside(worst, x, ball)
 
 
-def _check_options(steps: int, step_size: float | None, restarts: int) -> None:
-    if not isinstance(steps, int) or steps < 0:
-        raise InputError(f"steps is {steps!r}; allowed: an integer >= 0")
-    if not isinstance(restarts, int) or restarts < 1:
-        raise InputError(f"restarts is {restarts!r}; allowed: an integer >= 1")
+def ascend(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    ball: Ball,
+    objective: Objective,
+    steps: int,
+    step_size: float,
+    tally: GradientTally | None,
+) -> Tensor:
+    """The last iterate of one run from a start in the ball, as `pgd` describes it; all arguments are in order."""
+    rule, x_adv = _RULES[ball.norm](ball, x, step_size), start
+    for step in range(steps):
+        grad = input_gradient(net, x_adv, y, objective)
+        if tally is not None:
+            tally.add(grad)
+        x_adv = rule(x_adv.detach(), grad, step / steps)
+    return x_adv
+
+
+def check_options(steps: int, step_size: float | None, restarts: int) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        InputError: as said.
+    """
+    check_count("steps", steps, 0)
+    check_count("restarts", restarts, 1)
     if step_size is not None and not (math.isfinite(step_size) and step_size > 0):
         raise InputError(f"step_size is {step_size!r}; allowed: a finite number > 0 in pixel units, or None")
 
