@@ -41,15 +41,16 @@ def square(
     generator: torch.Generator | None = None,
     report: GradientReport | None = None,
 ) -> Tensor:
-    """Change one random window at a time and keep what raises the objective. No gradient is asked for.
+    """Change one random window at a time and keep what does not lower the objective. No gradient is asked for.
 
     So a network that hides its gradients does not hide from it. L-inf: the start is vertical stripes of +-eps; a
     window sets all its pixels of a channel to +eps or -eps. L2 and L1: the start is a mosaic of bumps; a window takes
     the budget that another has, in the shape of a bump and its negative side by side. Each sample has windows and
     signs of its own, and drops out of the batch as soon as it is broken.
 
-    Ours: a window that would change nothing takes the other sign; the smallest window is one pixel; and in L2 and L1
-    every other late query moves a random part of the budget only, half of the time in the shape of one bump.
+    Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; and
+    in L2 and L1 every other late query moves only a random part of the budget, half of the time in the shape of one
+    bump.
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; left as found.
@@ -88,7 +89,8 @@ def square(
         for step in range(steps + 1):
             logits, loss, _ = looked_at(net, tried, y, objective, gradient=False)
             broken = judge(logits, y)
-            better = (loss > best_loss) | broken
+            # Not only where it rises: outputs that were rounded have plateaus, and this walks across them.
+            better = (loss >= best_loss) | broken
             best = torch.where(better.view(-1, 1, 1, 1), tried, best)
             best_loss = torch.where(better, loss.to(x.dtype), best_loss)
             if bool(broken.any()):

@@ -31,7 +31,9 @@ class Climb:
 
     def back_to_best(self, which: Tensor) -> None:
         """Samples of a mask go on from their best point."""
-        self.now[which], self.grad[which] = self.best[which], self.best_grad[which]
+        which = which.view(-1, *[1] * (self.x.dim() - 1))
+        self.now = torch.where(which, self.best, self.now)
+        self.grad = torch.where(which, self.best_grad, self.grad)
 
 
 class Rule(Protocol):
@@ -162,10 +164,10 @@ class Sparse:
 
 def checkpoints(steps: int) -> frozenset[int]:
     """After how many steps a sample looks back: at 22% of all, then at intervals that shrink from 19% to 6%."""
-    marks, share, gap = [], 0.0, 0.22
-    while (share := share + gap) < 1:
-        marks.append(math.ceil(share * steps))
-        gap = max(gap - 0.03, 0.06)
+    marks, percent, gap = [], 0, 22
+    while (percent := percent + gap) < 100:
+        marks.append(math.ceil(percent * steps / 100))
+        gap = max(gap - 3, 6)
     return frozenset(marks)
 
 
