@@ -124,6 +124,16 @@ def test_an_evaluation_is_repeatable(evaluated: Path, tmp_path: Path) -> None:
     assert (again / "samples.csv").read_text() == (evaluated / "samples.csv").read_text()
 
 
+def test_the_papers_forms_are_a_suite(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack", str(folder), "--suite", "rdi", "--limit", "60", "--device", "cpu"]) == 0
+    accuracy = results.read(folder)["attacked"]["accuracy"]
+    assert {"pgd40_main", "pgd40_exit2", "pgd40_max_average", "fgsm_average", "wrm_main", "union"} <= set(
+        accuracy
+    )
+    assert accuracy["union"] <= min(accuracy.values())
+    assert "suite rdi: " in capsys.readouterr().out
+
+
 def test_calibrating_replaces_thresholds_and_forgets_figures(folder: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     seconds = results.read(folder)["seconds"]["train"]

@@ -125,7 +125,7 @@ _MODEL = _argument(
     metavar="MODULE:FUNCTION",
     help="your builder of the network, for one that no name is registered for",
 )
-_SUITE = _argument("--suite", metavar="NAME", help="quick, standard or full (default: the recipe's)")
+_SUITE = _argument("--suite", metavar="NAME", help="quick, standard, full or rdi (default: the recipe's)")
 _METHOD = _argument(
     "--method",
     metavar="NAME",

@@ -191,6 +191,8 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
         lines.append(
             f"verified  {_percent(verified['accuracy'])}  {by}  ({found['seconds']['certify']:.1f} s)"
         )
+    if only in (None, "attacked"):
+        lines += [f"skipped   {name}: {reason}" for name, reason in measured.skipped.items()]
     if only in (None, "attacked") and found["exits"]["clean"]:
         lines += _usage(found)
     if only in (None, "cost"):

@@ -7,7 +7,7 @@ attack breaks a certified sample, and results.json only after it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import swiftsure.files as files
 from swiftsure import certificates, examples, report, results, run, samples, usage
-from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
+from swiftsure.attacks import SUITE_NAMES, SuiteResult, attacks_for, run_suite
 from swiftsure.certificates import METHODS, Certificate, certify, certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError, SoundnessError
@@ -39,12 +39,14 @@ class Measured:
         data: the name of the set, and which part of it was used where it is not all of it.
         parameters: of the network.
         page: report.html, where it was drawn.
+        skipped: attacks that could not be run on this network, and why.
     """
 
     results: dict[str, Any]
     data: str
     parameters: int
     page: Path | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -> Measured:
@@ -52,7 +54,7 @@ def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -
 
     Args:
         folder: a run directory.
-        suite: "quick", "standard" or "full"; None: the recipe's.
+        suite: one of `swiftsure.attacks.SUITE_NAMES`; None: the recipe's.
         choice: limit, eps, device, model and data_root, as `open_subject` takes them.
 
     Raises:
@@ -60,7 +62,7 @@ def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -
         SoundnessError: an attack broke a certified sample; the files to examine it with are written.
     """
     subject = open_subject(folder, **choice)
-    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
+    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITE_NAMES)
     results.require_joinable(subject.results, ("clean", "attacked"), subject.n, subject.ball)
     proven = _certificates_at_hand(subject)
     answers = subject.answers()
@@ -125,7 +127,7 @@ def evaluate_run(
     Args and errors as in `attack_run` and `certify_run`.
     """
     subject = open_subject(folder, **choice)
-    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITES)
+    suite = _known(suite or subject.recipe.evaluate.suite, "suite", SUITE_NAMES)
     method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
     answers = subject.answers()
     clean = _clean_columns(subject, answers)
@@ -144,7 +146,7 @@ def evaluate_run(
     table = {**table, **_attack_columns(found)}
     measured = _publish(subject, _joined(parts), table, found, worst, certificate)
     page = report.page([subject.folder], subject.folder / PAGE)
-    return Measured(measured.results, measured.data, measured.parameters, page)
+    return replace(measured, page=page)
 
 
 def _known(name: str, what: str, allowed: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -181,7 +183,8 @@ def _attack(subject: Subject, suite: str) -> SuiteResult:
     x, y = subject.images.batch(slice(None))
     done: dict[str, int] = {}
     # The arithmetic of the certificates: an attack on another one would break what was never promised.
-    with progress("attack", subject.n * len(SUITES[suite])) as advance, certifying(subject.net):
+    attacks = attacks_for(suite, subject.exits, subject.images.shape[0])
+    with progress("attack", subject.n * len(attacks)) as advance, certifying(subject.net):
 
         def step(name: str, count: int, total: int) -> None:
             advance(count - done.get(name, 0))
@@ -195,6 +198,7 @@ def _attack(subject: Subject, suite: str) -> SuiteResult:
             suite,
             seed=subject.recipe.seed,
             judge=subject.judge,
+            attacks=attacks,
             progress=step,
         )
 
@@ -339,4 +343,5 @@ def _publish(
         raise unsound
     files.write_json(folder / results.NAME, merged)
     name = subject.images.name + (f" ({subject.images.subset})" if subject.images.subset else "")
-    return Measured(merged, name, parameters(subject.net))
+    skipped = {} if found is None else found.skipped
+    return Measured(merged, name, parameters(subject.net), skipped=skipped)

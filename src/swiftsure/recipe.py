@@ -299,12 +299,12 @@ class Evaluation:
     """What `swiftsure evaluate` measures by default.
 
     Args:
-        suite: the attacks (quick, standard or full).
+        suite: the attacks (quick, standard, full, or rdi: RDI-Nets' forms with the paper's steps).
         method: a bound technique, or auto (cheap ones first).
         limit: the first so many test images; null for all.
     """
 
-    suite: Literal["quick", "standard", "full"] = "quick"
+    suite: Literal["quick", "standard", "full", "rdi"] = "quick"
     method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown", "alpha-crown"] = "auto"
     limit: int | None = None
 

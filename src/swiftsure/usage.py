@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swiftsure.attacks import pgd
-from swiftsure.attacks.objectives import Judge, Objective
+from swiftsure.attacks import Judge, Objective, above_thresholds, deepsloth, delayed, never, pgd
 from swiftsure.certificates import certifying
 from swiftsure.data.progress import progress
 from swiftsure.exits import Answer, MultiExit, paper_macs
@@ -57,17 +56,14 @@ def slowed(subject: Subject, clean: Answer) -> Answer | None:
         subject: what is measured.
         clean: the answers on the clean images.
     """
-    from swiftsure.attacks import slowdown
-    from swiftsure.attacks.objectives import never
-
     net = subject.net
     if not isinstance(net, MultiExit) or net.policy is None or subject.exits == 1:
         return None
-    objective: Objective = slowdown.deepsloth
+    objective: Objective = deepsloth
     judge: Judge = never
     if net.policy.rule == "entropy":
-        objective = slowdown.above_thresholds(net.policy.thresholds)
-        judge = slowdown.delayed(net.policy.thresholds)
+        objective = above_thresholds(net.policy.thresholds)
+        judge = delayed(net.policy.thresholds)
     generator = torch.Generator().manual_seed(subject.recipe.seed)
     found: list[Tensor] = []
     with progress("slow down", subject.n) as advance, certifying(net):

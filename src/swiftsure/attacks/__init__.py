@@ -8,6 +8,7 @@ from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._square import square
 from swiftsure.attacks._wrm import wrm, wrm_unprojected
+from swiftsure.attacks.forms import SUITE_NAMES, attacks_for
 from swiftsure.attacks.objectives import (
     Judge,
     Objective,
@@ -29,6 +30,7 @@ from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
 
 __all__ = [
     "SUITES",
+    "SUITE_NAMES",
     "GradientReport",
     "Judge",
     "Objective",
@@ -37,6 +39,7 @@ __all__ = [
     "above_thresholds",
     "apgd",
     "apgd_targeted",
+    "attacks_for",
     "average",
     "cross_entropy",
     "deepsloth",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -118,6 +118,7 @@ def run_suite(
     batch: int = 500,
     seed: int = 0,
     judge: Judge = misclassified,
+    attacks: Mapping[str, Attack] | None = None,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Attack all samples with every attack of a suite.
@@ -135,13 +136,16 @@ def run_suite(
         batch: how many samples are attacked at a time.
         seed: of all random starts.
         judge: what counts as broken, (tuple of logits, y) -> (B,) bool; by default the last exit's label.
+        attacks: by name, in place of those of `SUITES`; `suite` is then what the result is called.
         progress: called after each batch with (attack name, samples done, n).
 
     Raises:
         InputError: unknown suite, no samples, a batch below 1, or images or labels that do not fit.
     """
-    if suite not in SUITES:
-        raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
+    if attacks is None:
+        if suite not in SUITES:
+            raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
+        attacks = SUITES[suite]
     if batch < 1:
         raise InputError(f"batch is {batch}; allowed: an integer >= 1")
     x, y = checked_inputs(net, x, y, ball)
@@ -161,7 +165,7 @@ def run_suite(
     reached = torch.cat([value for _, value in before]).cpu()
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
     worst_is_broken = wrong.clone()
-    for name, attack in SUITES[suite].items():
+    for name, attack in attacks.items():
         began = time.perf_counter()
         flags, report = wrong.clone(), GradientReport()
         for start in starts:
