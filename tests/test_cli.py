@@ -112,7 +112,7 @@ def test_from_recipe_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     same = ["--limit", "20", "--eps", "2/255"]
     assert main(["attack", str(folder), *same, "--suite", "standard"]) == 0
-    assert "pgd40x5" in capsys.readouterr().out
+    assert "apgd_t" in capsys.readouterr().out
     assert main(["certify", str(folder), *same, "--method", "symbolic"]) == 0
     assert "by symbolic" in capsys.readouterr().out
     assert main(["measure", str(folder)]) == 0

@@ -283,7 +283,7 @@ def test_a_report_of_runs_with_and_without_exits(evaluated: Path, tmp_path: Path
     ("overrides", "words"),
     [
         (("exits.at={9: linear}",), "exits: Sequential: unknown module '9'"),
-        (("exits.at={2: cone}",), "exits: unknown head 'cone'; did you mean 'conv'?"),
+        (("exits.at={2: convs}",), "exits: unknown head 'convs'; did you mean 'conv'?"),
         (("exits.count=99",), "exits: exits is 99"),
         (("exits.count=3", "exits.thresholds=[0.1]"), "exits: 1 thresholds for 3 exits; allowed: 2"),
         (("exits.thresholds=[0.1]",), "exits: 1 thresholds for 1 exits"),
