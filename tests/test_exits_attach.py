@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -12,71 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import backbones
 import swiftsure as ss
-from swiftsure import exits
+from attached import Backbone, backbone, images, tuple_of
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, attach, equal_share
-from swiftsure.exits.heads import build_head, sized
-
-
-class Block(nn.Module):
-    """A residual block with what real code has: a module used twice, in-place operations, `+=`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.a = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.b = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.norm(self.a(x)))
-        y = self.b(y)
-        y += x
-        return self.relu(y)
-
-
-class Backbone(nn.Module):
-    """A number from the batch that is used late, a buffer, a constant, chunks, functional dropout, an argument more."""
-
-    def __init__(self, classes: int = 5) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
-        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
-        self.first = nn.Sequential(Block(8), Block(8))
-        self.second = nn.Sequential(Block(8), Block(8))
-        self.unused = nn.Linear(2, 2)
-        self.fc = nn.Linear(8 * 16, classes)
-
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
-        count = x.size(0)
-        x = F.dropout(F.relu(self.stem(x - self.mean[:, None, None])), 0.3, self.training)
-        front, back = self.first(x).chunk(2, 1)
-        x = self.second(torch.cat([back, front], 1)) * torch.tensor(2.0)
-        if scale is not None:
-            x = x * scale
-        x = F.adaptive_avg_pool2d(x, 4)
-        return self.fc(x.view(count, -1))
-
-
-def backbone(seed: int = 0) -> Backbone:
-    torch.manual_seed(seed)
-    net = Backbone()
-    net.train()
-    with torch.no_grad():
-        for _ in range(3):
-            net(torch.rand(8, 3, 8, 8))
-    return net
-
-
-def images(count: int = 6, seed: int = 0) -> Tensor:
-    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def tuple_of(logits: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (logits,) if isinstance(logits, Tensor) else logits
-
 
 # In the order in which they end.
 NAMES = [
@@ -241,42 +179,6 @@ def test_bounds_see_every_exit_and_the_trunk_once() -> None:
             assert (z.gather(1, y[:, None]) - z >= low - 1e-5).all()
 
 
-def deep(width: int = 8, depth: int = 12) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1), nn.ReLU()]
-    for _ in range(depth - 1):
-        layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 10))
-
-
-@pytest.mark.parametrize("count", [2, 3, 6])
-def test_default_exits_lie_at_equal_shares_of_the_cost(count: int) -> None:
-    torch.manual_seed(0)
-    trunk = deep(width=24)
-    net = attach(trunk, exits=count, example=torch.rand(1, 3, 16, 16))
-    assert net.exits == count
-    whole = exits.static_macs(trunk, (3, 16, 16))
-    spent = 0
-    for place, (stage, head) in enumerate(net.counts((3, 16, 16))[:-1], 1):
-        spent += stage.total
-        assert abs(spent / whole - place / count) < 1 / 12
-        assert head.total <= 0.1 * whole / (count - 1)
-    # As wide as they may be, by cost or as twice what they read.
-    heads = [head.total for _, head in net.counts((3, 16, 16))[:-1]]
-    if count > 2:
-        assert min(heads) > 0.07 * whole / (count - 1)
-    else:
-        assert net.config["exits"].popitem()[1] == {"kind": "conv", "width": 48}
-    # Behind the activation, not before it.
-    assert all(isinstance(trunk.get_submodule(name), nn.ReLU) for name in net.config["exits"])
-
-
-def test_default_exits_do_not_cut_through_residual_blocks() -> None:
-    torch.manual_seed(0)
-    net = attach(backbone(), 3, images(1))
-    assert all(len(name.split(".")) <= 2 and name != "stem" for name in net.config["exits"]), net.config
-    assert torch.equal(net.eval()(images())[-1], net.backbone(images()))
-
-
 class Mutating(nn.Module):
     """Writes into a list that it is given, as torch.fx lets nobody do."""
 
@@ -422,18 +324,6 @@ def test_hooks_are_kept_and_randomness_is_refused() -> None:
         attach(trunk, {"first.0": "linear"}, images(1))
 
 
-def test_a_head_by_a_name_of_ones_own() -> None:
-    @exits.register_head("corner")
-    def corner(shape, classes: int, scale: float = 1.0) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
-
-    net = attach(backbone(), {"stem": {"kind": "corner", "scale": 2.0}}, images(1))
-    assert net.config["exits"] == {"stem": {"kind": "corner", "scale": 2.0}}
-    assert "corner" in exits.head_names()
-    with pytest.raises(InputError, match="registered already"):
-        exits.register_head("linear")(corner)
-
-
 def test_modes_are_kept() -> None:
     trunk = backbone().train()
     trunk.first[0].norm.eval()
@@ -445,109 +335,3 @@ def test_modes_are_kept() -> None:
     assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
     assert not attach(backbone().eval(), {"first.0": "linear"}, images(1)).training
     assert set(vars(trunk)) == set(vars(backbone()))
-
-
-@pytest.mark.parametrize(
-    ("name", "cuts"),
-    [
-        ("resnet18", {"layer1.1": "linear", "layer2.0.conv1": "conv", "layer3": "linear"}),
-        ("mobilenet_v3_small", {"features.3": "linear", "features.7": "conv"}),
-        ("densenet121", {"features.denseblock2": "linear"}),
-        ("shufflenet_v2_x0_5", {"stage2.1": "linear", "stage3": "linear"}),
-        ("vgg11_bn", {"features.4": "linear", "features.14": "linear"}),
-        ("resnet18", 4),
-        ("efficientnet_b0", 3),
-        ("convnext_tiny", 3),
-        ("swin_t", 3),
-    ],
-)
-def test_torchvision_backbones(name: str, cuts) -> None:
-    models = backbones.load("torchvision.models")
-    torch.manual_seed(0)
-    trunk = getattr(models, name)(num_classes=7)
-    x = torch.rand(4, 3, 64, 64)
-    net = attach(trunk, cuts, x).eval()
-    with torch.no_grad():
-        logits = net(x)
-        assert torch.equal(logits[-1], trunk(x))
-        net.policy = equal_share(logits)
-        torch.testing.assert_close(net.adaptive(x).logits, net.policy.logits_of(logits), rtol=1e-3, atol=1e-4)
-    net.train()
-    sum(z.sum() for z in net(x)).backward()
-
-
-@pytest.mark.parametrize(
-    ("name", "cuts"),
-    [
-        ("resnet10t", {"layer1": "linear", "layer3": "conv"}),
-        ("mobilenetv2_050", {"blocks.2": "linear"}),
-        ("vit_tiny_patch16_224", {"blocks.3": "linear", "blocks.7": "linear"}),
-        ("resnet10t", 3),
-    ],
-)
-def test_timm_backbones(name: str, cuts) -> None:
-    timm = backbones.load("timm")
-    torch.manual_seed(0)
-    sized = {"img_size": 64} if name.startswith("vit") else {}
-    trunk = timm.create_model(name, num_classes=7, **sized)
-    x = torch.rand(4, 3, 64, 64)
-    net = attach(trunk, cuts, x).eval()
-    with torch.no_grad():
-        assert torch.equal(net(x)[-1], trunk(x))
-    net.train()
-    sum(z.sum() for z in net(x)).backward()
-
-
-@pytest.mark.parametrize(
-    ("shape", "macs", "expected"),
-    [
-        ((8, 16, 16), 64 * 8 * 9 * 11 + 4 * 5 * 11, {"kind": "conv", "width": 11}),
-        ((8, 16, 16), 10**9, {"kind": "conv", "width": 16}),
-        ((8, 16, 16), 64 * 8 * 9 * 7, {"kind": "pooled", "grid": 4}),
-        ((8, 16, 16), 9 * 8 * 5, {"kind": "pooled", "grid": 3}),
-        ((8, 16, 16), 9 * 8 * 5 - 1, {"kind": "pooled", "grid": 2}),
-        ((8, 16, 16), 30, {"kind": "linear"}),
-        ((8, 1, 1), 40, {"kind": "pooled", "grid": 4}),
-        ((17, 8), 10**9, {"kind": "linear"}),
-        ((16, 16, 8), 64 * 8 * 9 * 11 + 4 * 5 * 11, {"kind": "conv", "width": 11, "channels_last": True}),
-        ((16, 16, 8), 9 * 8 * 5, {"kind": "pooled", "grid": 3, "channels_last": True}),
-        ((16, 16, 8), 9, {"kind": "linear", "channels_last": True}),
-        ((8,), 10**9, {"kind": "linear"}),
-    ],
-)
-def test_a_head_is_as_large_as_its_budget_allows(shape, macs: int, expected) -> None:
-    assert sized(shape, 5, macs) == expected
-    head = build_head(expected, shape, 5)
-    assert head(torch.rand(2, *shape)).shape == (2, 5)
-    if macs > 30:
-        cost = exits.static_macs(nn.Sequential(head), shape)
-        assert cost <= macs or expected["kind"] == "linear"
-
-
-@pytest.mark.parametrize("kind", ["linear", "pooled", "conv"])
-def test_heads_read_channels_wherever_they_are(kind: str) -> None:
-    x = torch.rand(2, 5, 12, 12)
-    torch.manual_seed(0)
-    first = build_head({"kind": kind}, (5, 12, 12), 3)
-    torch.manual_seed(0)
-    last = build_head({"kind": kind, "channels_last": True}, (12, 12, 5), 3)
-    torch.testing.assert_close(last(x.permute(0, 2, 3, 1)), first(x))
-
-
-def test_maps_with_channels_last_are_told_by_their_shape() -> None:
-    class Last(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.permute(0, 2, 3, 1)
-
-    trunk = nn.Sequential(Last(), nn.Flatten(), nn.Linear(192, 4))
-    assert attach(trunk, {"0": "linear"}, images(1)).config["exits"] == {
-        "0": {"channels_last": True, "kind": "linear"}
-    }
-    by_hand = attach(trunk, {"0": {"kind": "linear", "channels_last": False}}, images(1))
-    assert by_hand.config["exits"] == {"0": {"kind": "linear", "channels_last": False}}
-
-
-def test_a_linear_head_on_tokens_reads_their_mean() -> None:
-    head = build_head({"kind": "linear"}, (4, 3), 2)
-    x = torch.rand(5, 4, 3)
-    torch.testing.assert_close(head(x), head[1](x.mean(1)))
