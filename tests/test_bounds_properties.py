@@ -117,7 +117,7 @@ def test_merged_margins_are_never_looser_than_two_logit_bounds(case: networks.Ca
             assert (proof.gather(1, case.y[:, None]) == 0).all(), method
 
 
-@quick
+@settings(quick, max_examples=30)
 @given(networks.cases(), some_methods)
 def test_a_ball_of_radius_zero_is_the_network_itself(case: networks.Case, methods: tuple[str, ...]) -> None:
     net, x = copy.deepcopy(case.net).double().eval(), case.x.double()
@@ -132,7 +132,7 @@ def test_a_ball_of_radius_zero_is_the_network_itself(case: networks.Case, method
                 torch.testing.assert_close(end, logits, rtol=1e-9, atol=1e-9)
 
 
-@quick
+@settings(quick, max_examples=40)
 @given(networks.cases(exits=2), some_methods)
 def test_two_exits_equal_two_networks(case: networks.Case, methods: tuple[str, ...]) -> None:
     net, x = case.net.double(), case.x.double()
@@ -250,7 +250,7 @@ def test_an_image_does_not_depend_on_its_batch(
             torch.testing.assert_close(together[:1], alone, rtol=room, atol=room, msg=method)
 
 
-@settings(quick, max_examples=40)
+@settings(quick, max_examples=25)
 @given(networks.cases(), ways)
 def test_gradients_equal_finite_differences(
     case: networks.Case, way: contextlib.AbstractContextManager[None]
