@@ -53,6 +53,9 @@ def test_learning_rates():
     assert rates[:11] == [1.0] * 11
     assert rates[15] == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.05
+    linear = Optimizer(rate=1.0, decay="linear", decay_from=2)
+    assert [learning_rate(linear, schedule, e, 0, 5) for e in (1, 2, 3, 4)] == pytest.approx([1, 1, 1, 0.5])
+    assert learning_rate(linear, schedule, 4, 4, 5) == pytest.approx(0.1)
     assert learning_rate(Optimizer(rate=0.3, decay="constant"), schedule, 4, 4, 5) == 0.3
 
 

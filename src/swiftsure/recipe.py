@@ -219,9 +219,9 @@ class Optimizer:
         momentum: of sgd.
         weight_decay: L2 penalty.
         clip: largest gradient norm; null for no clipping.
-        decay: constant; step: times `decay_factor` after each epoch of `decay_epochs`; cosine: to 0 at the end,
-            batch by batch.
-        decay_from: cosine: the epoch where the fall begins.
+        decay: constant; step: times `decay_factor` after each epoch of `decay_epochs`; cosine, linear: to 0 at the
+            end, batch by batch.
+        decay_from: cosine, linear: the epoch where the fall begins.
     """
 
     name: Literal["adam", "sgd"] = "adam"
@@ -229,7 +229,7 @@ class Optimizer:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip: float | None = None
-    decay: Literal["constant", "step", "cosine"] = "cosine"
+    decay: Literal["constant", "step", "cosine", "linear"] = "cosine"
     decay_epochs: list[int] = field(default_factory=list)
     decay_factor: float = 0.1
     decay_from: int = 0
@@ -257,6 +257,7 @@ class Schedule:
         shape: epoch: linear, constant within an epoch; batch: linear from step to step; smooth: a fourth power for
             the first quarter of the ramp, then linear with the same slope at the seam.
         eps_factor: the full training radius as a multiple of the ball's.
+        augment_until: the last epoch whose images are varied (data.crop, data.flip); null for all epochs.
         check_images: validation images for the attacked and the verified figure of each epoch (the first ones).
         check_steps: PGD steps of the attacked figure.
         check_method: technique of the verified figure; auto: intervals, and symbolic where they fail.
@@ -271,6 +272,7 @@ class Schedule:
     ramp: int = 5
     shape: Literal["epoch", "batch", "smooth"] = "batch"
     eps_factor: float = 1.0
+    augment_until: int | None = None
     check_images: int = 500
     check_steps: int = 10
     check_method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown"] = "auto"
@@ -292,6 +294,10 @@ class Schedule:
             "schedule.shape epoch reaches the full radius an epoch after the ramp; warmup + ramp must be below epochs",
         )
         _require(self.eps_factor > 0, f"schedule.eps_factor is {self.eps_factor}; allowed: above 0")
+        until = self.augment_until
+        _require(
+            until is None or until >= 0, f"schedule.augment_until is {until}; allowed: an epoch >= 0, or null"
+        )
 
 
 @dataclass

@@ -25,10 +25,11 @@ from swiftsure.training.check import check, chosen_epoch
 from swiftsure.training.mixing import controller
 from swiftsure.training.progress import Meter
 from swiftsure.training.schedules import learning_rate, radius_share
-from swiftsure.training.source import Augment, as_set, source
+from swiftsure.training.source import as_set, source
 from swiftsure.training.terms import three_term_loss
 
 Records = list[dict[str, Any]]
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def fit(
     net.to(device)
     held_out = as_set(val)
     classes = _check_fit(net, held_out, loss, device)
-    batches = source(train, schedule.batch, device, augment, classes)
+    batches = source(train, schedule.batch, device, classes)
     if batches.shape is not None and batches.shape != held_out.shape:
         raise InputError(f"training images have shape {batches.shape}, validation images {held_out.shape}")
 
@@ -118,7 +119,10 @@ def fit(
             mix = replace(loss, interval_share=1.0) if epoch <= loss.tight_from else loss
             net.train()
             total = torch.zeros((), device=device)
+            varied = schedule.augment_until is None or epoch <= schedule.augment_until
             for step, (x, y) in enumerate(batches.epoch(draws)):
+                if augment is not None and varied:
+                    x = augment(x, draws)
                 here = ball.with_eps(
                     ball.radius * schedule.eps_factor * radius_share(schedule, epoch, step, batches.steps)
                 )

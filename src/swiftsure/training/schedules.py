@@ -42,8 +42,11 @@ def learning_rate(optimizer: Optimizer, schedule: Schedule, epoch: int, step: in
     """The learning rate of a step: arguments as in `radius_share`."""
     if optimizer.decay == "step":
         return optimizer.rate * optimizer.decay_factor ** sum(epoch > at for at in optimizer.decay_epochs)
+    done = (epoch - 1 - optimizer.decay_from) * steps + step
+    length = (schedule.epochs - optimizer.decay_from) * steps
+    share = max(0.0, done / max(1, length))
     if optimizer.decay == "cosine":
-        done = (epoch - 1 - optimizer.decay_from) * steps + step
-        length = (schedule.epochs - optimizer.decay_from) * steps
-        return optimizer.rate * (1 + math.cos(math.pi * max(0.0, done / max(1, length)))) / 2
+        return optimizer.rate * (1 + math.cos(math.pi * share)) / 2
+    if optimizer.decay == "linear":
+        return optimizer.rate * (1 - share)
     return optimizer.rate

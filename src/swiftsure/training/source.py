@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
-
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Source(Protocol):
@@ -29,24 +27,22 @@ class Source(Protocol):
 
 
 class _InMemory:
-    def __init__(self, images: ImageSet, batch: int, device: torch.device, augment: Augment | None) -> None:
-        self.images, self.batch, self.device, self.augment = images, min(batch, len(images)), device, augment
+    def __init__(self, images: ImageSet, batch: int, device: torch.device) -> None:
+        self.images, self.batch, self.device = images, min(batch, len(images)), device
         self.steps = len(images) // self.batch
         self.shape: tuple[int, int, int] | None = images.shape
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         for chosen in _order(len(self.images), self.steps, self.batch, generator):
             x, y = self.images.batch(chosen, self.device)
-            yield (x if self.augment is None else self.augment(x, generator)), y
+            yield x, y
 
 
 class _Loader:
     """A user's DataLoader: its order, its workers and its transforms are the user's."""
 
-    def __init__(
-        self, loader: DataLoader[Any], device: torch.device, augment: Augment | None, classes: int | None
-    ) -> None:
-        self.loader, self.device, self.augment, self.classes = loader, device, augment, classes
+    def __init__(self, loader: DataLoader[Any], device: torch.device, classes: int | None) -> None:
+        self.loader, self.device, self.classes = loader, device, classes
         self.steps = len(loader)
         self.shape: tuple[int, int, int] | None = None
         if not self.steps:
@@ -57,7 +53,7 @@ class _Loader:
             x, y = _pair(item)
             check_batch(x, y, classes=self.classes)
             x, y = x.to(self.device), y.to(self.device, torch.int64)
-            yield (x if self.augment is None else self.augment(x, generator)), y
+            yield x, y
 
 
 class _Items:
@@ -68,10 +64,9 @@ class _Items:
         items: Dataset[Any],
         batch: int,
         device: torch.device,
-        augment: Augment | None,
         classes: int | None,
     ) -> None:
-        self.items, self.device, self.augment, self.classes = items, device, augment, classes
+        self.items, self.device, self.classes = items, device, classes
         self.count = len(items)  # type: ignore[arg-type]
         if not self.count:
             raise InputError("the Dataset is empty")
@@ -84,7 +79,7 @@ class _Items:
             x, y = _collate(self.items, chosen.tolist())
             check_batch(x, y, classes=self.classes)
             x, y = x.to(self.device), y.to(self.device)
-            yield (x if self.augment is None else self.augment(x, generator)), y
+            yield x, y
 
 
 def _order(count: int, steps: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -93,9 +88,7 @@ def _order(count: int, steps: int, batch: int, generator: torch.Generator) -> Te
     return torch.randperm(count, generator=generator)[: steps * batch].view(steps, batch)
 
 
-def source(
-    data: Any, batch: int, device: torch.device, augment: Augment | None = None, classes: int | None = None
-) -> Source:
+def source(data: Any, batch: int, device: torch.device, classes: int | None = None) -> Source:
     """Training batches from whatever the user has.
 
     Args:
@@ -103,7 +96,6 @@ def source(
             its own batch size and order).
         batch: images a step.
         device: where the batches go.
-        augment: applied to each batch on the device.
         classes: of the network: a label beyond them is refused, at once where all labels are at hand.
 
     Raises:
@@ -111,13 +103,13 @@ def source(
     """
     _require_length(data)
     if isinstance(data, DataLoader):
-        return _Loader(data, device, augment, classes)
+        return _Loader(data, device, classes)
     if isinstance(data, Dataset) and not isinstance(data, ImageSet):
-        return _Items(data, batch, device, augment, classes)
+        return _Items(data, batch, device, classes)
     images = as_set(data)
     if classes is not None:
         check_labels(images.labels, len(images), classes)
-    return _InMemory(images, batch, device, augment)
+    return _InMemory(images, batch, device)
 
 
 def as_set(data: Any) -> ImageSet:
