@@ -210,7 +210,7 @@ def test_order_follows_the_generator(digits):
     assert not torch.equal(first(1), first(2))
 
 
-@pytest.mark.parametrize("until, epochs", [(None, [1, 2, 3]), (2, [1, 2]), (0, [])])
+@pytest.mark.parametrize(("until", "epochs"), [(None, [1, 2, 3]), (2, [1, 2]), (0, [])])
 def test_images_are_varied_until_the_epoch_that_is_set(digits, until, epochs):
     seen = []
 
