@@ -103,25 +103,51 @@ class BallChoice:
         return Ball(self.eps, self.norm)
 
 
+FORMS = ("main", "average", "max_average", "mix")
+"""Forms of an attack over exits, beside those of side exits, exit1 to exit<K - 1>."""
+
+
 @dataclass
 class Attack:
-    """The attack that makes training images for the attacked term.
+    """The attack that makes training images for the attacked term: projected gradient ascent, in a form over exits.
+
+    One step from the image itself (steps 1, step_size eps, random_start false) is FGSM.
 
     Args:
+        form: what is ascended, by RDI-Nets' names. main: the last exit; exit1, exit2, ...: a side exit, from 1;
+            average: the mean over exits; max_average: each exit alone, of which each image keeps the one worst for
+            all exits together; mix: a random mix of the exits, drawn anew for each batch. All are one with one exit.
         steps: gradient steps.
         step_size: in pixel units, a number or "2/255"; null for 2.5 * eps / steps.
+        random_start: start at a random point of the ball; false: at the image.
         eps_factor: its radius as a multiple of the current training radius.
+        precision: in which the attack runs the network; bfloat16 is mixed precision, about twice as fast on
+            convolutions where the hardware has it. The loss is always of float32 passes.
     """
 
+    form: str = "main"
     steps: int = 10
     step_size: float | str | None = None
+    random_start: bool = True
     eps_factor: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.step_size is not None:
             self.step_size = parse_eps(self.step_size)
+        _require(
+            self.form in FORMS or self.side_exit is not None,
+            f"attack.form is {self.form!r}; allowed: {', '.join(FORMS)}, exit1, exit2, ...",
+        )
         _require(self.steps >= 1, f"attack.steps is {self.steps}; allowed: 1 or more")
         _require(self.eps_factor > 0, f"attack.eps_factor is {self.eps_factor}; allowed: above 0")
+
+    @property
+    def side_exit(self) -> int | None:
+        """The number, from 0, of the side exit that the form names; None for other forms."""
+        number = self.form.removeprefix("exit")
+        plain = number != self.form and number.isdecimal() and number == str(int(number)) != "0"
+        return int(number) - 1 if plain else None
 
 
 @dataclass
@@ -219,8 +245,8 @@ class Optimizer:
         momentum: of sgd.
         weight_decay: L2 penalty.
         clip: largest gradient norm; null for no clipping.
-        decay: constant; step: times `decay_factor` after each epoch of `decay_epochs`; cosine, linear: to 0 at the
-            end, batch by batch.
+        decay: constant; step: times `decay_factor` after each epoch of `decay_epochs` and after each so many steps of
+            `decay_steps`; cosine, linear: to 0 at the end, batch by batch.
         decay_from: cosine, linear: the epoch where the fall begins.
     """
 
@@ -231,6 +257,7 @@ class Optimizer:
     clip: float | None = None
     decay: Literal["constant", "step", "cosine", "linear"] = "cosine"
     decay_epochs: list[int] = field(default_factory=list)
+    decay_steps: list[int] = field(default_factory=list)
     decay_factor: float = 0.1
     decay_from: int = 0
 
@@ -251,6 +278,7 @@ class Schedule:
 
     Args:
         epochs: passes over the training part.
+        steps: optimiser steps after which training ends, if the epochs have not ended it before; null for all of them.
         batch: images a step.
         warmup: epochs with radius 0 (clean training) before the ramp.
         ramp: epochs over which the radius grows to its full size.
@@ -267,6 +295,7 @@ class Schedule:
     """
 
     epochs: int = 20
+    steps: int | None = None
     batch: int = 50
     warmup: int = 0
     ramp: int = 5
@@ -284,6 +313,10 @@ class Schedule:
             _require(
                 getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; allowed: 1 or more"
             )
+        _require(
+            self.steps is None or self.steps >= 1,
+            f"schedule.steps is {self.steps}; allowed: 1 or more, or null",
+        )
         _require(self.warmup >= 0 and self.ramp >= 0, "schedule.warmup and ramp must be >= 0 epochs")
         _require(
             self.warmup + self.ramp <= self.epochs,

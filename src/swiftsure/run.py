@@ -124,6 +124,7 @@ def train(
             ball=recipe.ball.build(),
             optimizer=recipe.optimizer,
             schedule=recipe.schedule,
+            exits=recipe.exits,
             augment=augment,
             seed=recipe.seed,
             device=where,

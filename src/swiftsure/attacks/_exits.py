@@ -1,4 +1,4 @@
-"""An attack form over exits that is no single objective: RDI-Nets' max-average."""
+"""Attack forms over exits that are no single objective: one exit without what lies behind it, and max-average."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._gradient import attacking, checked_inputs, looked_at
+from swiftsure.attacks._own_exits import OwnExits, RowsMissingError, UpTo
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks.objectives import (
@@ -22,6 +23,46 @@ from swiftsure.attacks.objectives import (
     single,
 )
 from swiftsure.ball import Ball
+from swiftsure.exits import MultiExit
+
+_ROWS = {"cpu": 0, "cuda": 1024}
+"""Up to how many rows the K copies of a batch are attacked as one, by device. Beyond, a GPU is busy anyway and memory
+counts. A CPU takes half as long again for one large batch as for K that fit its caches (RDI-SmallCNN, 128 images)."""
+
+
+def at_exit(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    exit: int,
+    attack: Callable[..., Tensor] = pgd,
+    objective: Objective = cross_entropy,
+    **options: Any,
+) -> Tensor:
+    """RDI-Nets' single attack: one exit alone, at the cost of the network up to there (where it is a `MultiExit`).
+
+    Args:
+        net: returns a tuple of logits, one per exit (or logits: then it has one).
+        x: images, (B, C, H, W), in the ball's pixel range.
+        y: labels, (B,), integers.
+        ball: the threat model.
+        exit: its number, from 0; -1 for the last.
+        attack: the inner method. Where it needs to know what is broken, it goes by this exit's label.
+        objective: of that exit.
+        options: of the inner attack, such as steps, restarts, generator and report.
+
+    Returns:
+        Adversarial images, as the inner attack.
+
+    Raises:
+        InputError: as the inner attack.
+    """
+    if isinstance(net, MultiExit):
+        return attack(UpTo(net, exit), x, y, ball, objective=objective, judge=misclassified, **options)
+    asked = {"objective": single(exit, objective), "judge": single(exit, misclassified)}
+    return attack(net, x, y, ball, **asked, **options)
 
 
 def max_average(
@@ -36,6 +77,9 @@ def max_average(
     **options: Any,
 ) -> Tensor:
     """Attack each exit alone; keep, per sample, the image with the largest sum of the objective over all exits.
+
+    Of a `MultiExit` each attack runs the stages up to its own exit only; on a GPU small batches are attacked at all
+    exits at once. Neither changes the images but by rounding, given the same starts.
 
     Args:
         net: returns a tuple of logits, one per exit (or logits: then it has one).
@@ -58,15 +102,59 @@ def max_average(
     if len(x) == 0:
         return x.clone()
     over_all = average(objective)
-    with attacking(net), torch.no_grad():
-        exits = len(as_exits(net(x[:1])))
+    at_once = None
+    if isinstance(net, MultiExit):
+        exits = net.exits
+        if judge is never and exits * len(x) <= _ROWS.get(x.device.type, 0):
+            at_once = all_exits(net, x, y, ball, attack=attack, objective=objective, **options)
+    else:
+        with attacking(net), torch.no_grad():
+            exits = len(as_exits(net(x[:1])))
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
-        # Between its own restarts the inner attack goes by the exit that it attacks.
-        asked = single(number, misclassified) if judge is never else judge
-        x_adv = attack(net, x, y, ball, objective=single(number, objective), judge=asked, **options)
+        if at_once is not None:
+            x_adv = at_once[number]
+        elif judge is never:
+            # Between its own restarts the inner attack goes by the exit that it attacks.
+            x_adv = at_exit(net, x, y, ball, exit=number, attack=attack, objective=objective, **options)
+        else:
+            x_adv = attack(net, x, y, ball, objective=single(number, objective), judge=judge, **options)
         with attacking(net):
             logits, loss, _ = looked_at(net, x_adv, y, over_all, gradient=False)
         return Found(x_adv, loss, judge(logits, y))
 
     return worst_of(x, y, exits, run)
+
+
+def all_exits(
+    net: MultiExit,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    attack: Callable[..., Tensor] = pgd,
+    objective: Objective = cross_entropy,
+    **options: Any,
+) -> Tensor | None:
+    """`at_exit` for every exit, in one batch of K copies: (K, B, C, H, W).
+
+    None where the inner attack cannot be run on copies, because it drops samples on its way; the generator is then
+    as it was. Arguments are those of `at_exit`.
+    """
+    copies, generator = net.exits, options.get("generator")
+    before = None if generator is None else generator.get_state()
+    try:
+        found = attack(
+            OwnExits(net, len(x)),
+            x.repeat(copies, *[1] * (x.dim() - 1)),
+            y.repeat(copies),
+            ball,
+            objective=objective,
+            judge=misclassified,
+            **options,
+        )
+    except RowsMissingError:
+        if generator is not None and before is not None:
+            generator.set_state(before)
+        return None
+    return found.view(copies, *x.shape)

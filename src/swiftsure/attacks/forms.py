@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._apgd import apgd
-from swiftsure.attacks._exits import max_average
+from swiftsure.attacks._exits import at_exit, max_average
 from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import GradientReport
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._wrm import wrm
-from swiftsure.attacks.objectives import Objective, average, random_mix, single
+from swiftsure.attacks.objectives import Objective, average, random_mix
 from swiftsure.attacks.suite import SUITES, Attack
 from swiftsure.ball import Ball
 
@@ -60,18 +60,31 @@ def attacks_for(suite: str, exits: int, channels: int = 1) -> dict[str, Attack]:
 
 def _forms(name: str, method: Callable[..., Tensor], exits: int, every: bool = False) -> dict[str, Attack]:
     """main, average and max-average of an inner method; with `every` the other single exits and the mix too."""
-    objectives: Mapping[str, Objective] = {"main": single(-1)}
+    forms: dict[str, Attack] = {f"{name}_main": partial(_one_exit, method, -1)}
     if exits > 1 and every:
-        sides = {f"exit{number + 1}": single(number) for number in range(exits - 1)}
+        forms |= {
+            f"{name}_exit{number + 1}": partial(_one_exit, method, number) for number in range(exits - 1)
+        }
         mix = random_mix(exits, torch.Generator().manual_seed(_MIX_SEED))
-        objectives = {**objectives, **sides, "mix": mix}
-    forms: dict[str, Attack] = {
-        f"{name}_{form}": partial(method, objective=objective) for form, objective in objectives.items()
-    }
+        forms[f"{name}_mix"] = partial(method, objective=mix)
     if exits > 1:
         forms[f"{name}_average"] = partial(method, objective=average())
         forms[f"{name}_max_average"] = partial(_as_in_the_paper, method)
     return forms
+
+
+def _one_exit(
+    method: Callable[..., Tensor],
+    exit: int,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    **options: object,
+) -> Tensor:
+    """An attack on one exit that knows of no other: nothing behind it runs."""
+    options.pop("judge", None)
+    return at_exit(net, x, y, ball, exit=exit, attack=method, **options)  # type: ignore[arg-type]
 
 
 def _as_in_the_paper(

@@ -6,25 +6,27 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks import pgd
+from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.bounds import class_count, trace
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
 from swiftsure.modes import evaluating
-from swiftsure.recipe import Attack, Loss, Optimizer, Schedule
+from swiftsure.recipe import Exits, Loss, Optimizer, Schedule
 from swiftsure.training import state as states
+from swiftsure.training.adversary import adversary, check_form
 from swiftsure.training.check import check, chosen_epoch
 from swiftsure.training.mixing import controller
 from swiftsure.training.progress import Meter
-from swiftsure.training.schedules import learning_rate, radius_share
+from swiftsure.training.schedules import epochs_of, learning_rate, radius_share, steps_of
 from swiftsure.training.source import as_set, source
 from swiftsure.training.terms import three_term_loss
 
@@ -50,6 +52,7 @@ def fit(
     ball: Ball | None = None,
     optimizer: Optimizer | None = None,
     schedule: Schedule | None = None,
+    exits: Exits | None = None,
     augment: Augment | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -67,6 +70,8 @@ def fit(
         loss: the three terms; by default MixTrain with k = 1.
         ball: the threat model; by default eps 0.1 in L-inf.
         optimizer, schedule: by default Adam and 20 epochs.
+        exits: with several exits, when an image leaves, by which the epochs are judged; by default by entropy, equally
+            many at each. Which exits there are is the network's business.
         augment: ``augment(x, generator) -> x`` on each training batch, on the device.
         seed: of order, samples and random starts. Weights are the caller's.
         device: where to train; by default where the network is.
@@ -89,26 +94,32 @@ def fit(
     device = torch.device(device) if device is not None else next(net.parameters()).device
     net.to(device)
     held_out = as_set(val)
-    classes = _check_fit(net, held_out, loss, device)
+    classes, count = _check_fit(net, held_out, loss, device)
     batches = source(train, schedule.batch, device, classes)
     if batches.shape is not None and batches.shape != held_out.shape:
         raise InputError(f"training images have shape {batches.shape}, validation images {held_out.shape}")
 
+    half = loss.attacked > 0 and loss.attack.precision != "float32"
+    if half:
+        # The layout in which half precision is fast; the arithmetic is the same but for the order of sums.
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     descent = _build(optimizer, net)
     mixing = controller(loss.mixing, schedule)
     settings = json.dumps(
-        [asdict(loss), ball.as_dict(), asdict(optimizer), asdict(schedule), seed, batches.steps]
+        [asdict(part) for part in (loss, optimizer, schedule, exits or Exits())]
+        + [ball.as_dict(), seed, batches.steps]
     )
     done = states.Progress()
     if state_folder is not None and resume:
         done = states.restore(Path(state_folder), net, descent, settings) or done
         mixing.state.update(done.controller)
 
+    epochs = epochs_of(schedule, batches.steps)
     with (
-        Meter(schedule.epochs, batches.steps, done.epoch, progress) as meter,
+        Meter(epochs, batches.steps, done.epoch, progress) as meter,
         torch.random.fork_rng(devices=[]),
     ):
-        for epoch in range(done.epoch + 1, schedule.epochs + 1):
+        for epoch in range(done.epoch + 1, epochs + 1):
             started = time.perf_counter()
             last = done.records[-1] if done.records else {"clean_accuracy": None, "verified_accuracy": None}
             weight = mixing.weight(epoch, last["clean_accuracy"], last["verified_accuracy"])
@@ -120,7 +131,9 @@ def fit(
             net.train()
             total = torch.zeros((), device=device)
             varied = schedule.augment_until is None or epoch <= schedule.augment_until
-            for step, (x, y) in enumerate(batches.epoch(draws)):
+            make_adversarial = adversary(loss.attack, ball, count, draws)
+            steps = steps_of(schedule, epoch, batches.steps)
+            for step, (x, y) in enumerate(islice(batches.epoch(draws), steps)):
                 if augment is not None and varied:
                     x = augment(x, draws)
                 here = ball.with_eps(
@@ -130,7 +143,7 @@ def fit(
                 proven = not gated or bool(torch.rand((), generator=draws) < loss.mixing.gate)
                 value = three_term_loss(
                     net, x, y, here, mix, weight if proven else 0.0,
-                    attack=_attack(loss.attack, ball, draws), generator=draws,
+                    attack=make_adversarial, generator=draws,
                 )  # fmt: skip
                 descent.param_groups[0]["lr"] = learning_rate(optimizer, schedule, epoch, step, batches.steps)
                 descent.zero_grad()
@@ -140,13 +153,13 @@ def fit(
                 descent.step()
                 total += value.detach()
                 meter.step()
-            mean = total.item() / batches.steps
+            mean = total.item() / steps
             if not torch.isfinite(total):
                 raise InputError(
                     f"the loss became {mean} in epoch {epoch}; a lower optimizer.rate, a longer schedule.ramp or "
                     "optimizer.clip helps"
                 )
-            figures = check(net, held_out, ball, loss, schedule, device)
+            figures = check(net, held_out, ball, loss, schedule, device, exits)
             done.records.append(
                 {
                     "epoch": epoch,
@@ -173,16 +186,18 @@ def fit(
                 on_epoch(done.records)
             meter.epoch(done.records[-1])
     net.load_state_dict(done.best)
+    if half:
+        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     net.eval()
     best = chosen_epoch(done.records, loss, schedule)
     return History(done.records, best, sum(record["seconds"] for record in done.records))
 
 
-def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.device) -> int:
+def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.device) -> tuple[int, int]:
     """Find out before the first epoch, not after it, that data, network and loss do not go together.
 
     Returns:
-        How many classes the network has.
+        How many classes the network has, and how many exits.
     """
     x, _ = images.batch(slice(0, 2), device)
     weights = next(net.parameters())
@@ -192,18 +207,18 @@ def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.devic
         )
     config = getattr(net, "config", None)
     check_batch(x, shape=tuple(config["input_shape"]) if isinstance(config, dict) else None)
-    if loss.proven:
-        classes = class_count(trace(net, x))
-    else:
-        try:
-            with evaluating(net), torch.no_grad():
-                logits = net(x)
-        except RuntimeError as error:
-            line = str(error).splitlines()[0]
-            raise InputError(f"the network does not take images of shape {images.shape}: {line}") from None
-        classes = (logits if isinstance(logits, Tensor) else logits[-1]).shape[1]
+    classes = class_count(trace(net, x)) if loss.proven else None
+    try:
+        with evaluating(net), torch.no_grad():
+            logits = as_exits(net(x))
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"the network does not take images of shape {images.shape}: {line}") from None
+    classes = classes or logits[-1].shape[1]
     check_labels(images.labels, len(images), classes)
-    return classes
+    if loss.attacked > 0:
+        check_form(loss.attack, len(logits))
+    return classes, len(logits)
 
 
 def _build(optimizer: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
@@ -212,18 +227,3 @@ def _build(optimizer: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         net.parameters(), optimizer.rate, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
     )
-
-
-def _attack(
-    attack: Attack, ball: Ball, draws: torch.Generator
-) -> Callable[[nn.Module, Tensor, Tensor, Ball], Tensor]:
-    """PGD at the current radius; a stated step shrinks with the radius during the ramp."""
-
-    def run(net: nn.Module, x: Tensor, y: Tensor, here: Ball) -> Tensor:
-        wider = here.with_eps(here.radius * attack.eps_factor)
-        step = None
-        if attack.step_size is not None and ball.radius > 0:
-            step = float(attack.step_size) * min(1.0, here.radius / ball.radius)
-        return pgd(net, x, y, wider, steps=attack.steps, step_size=step, generator=draws)
-
-    return run

@@ -38,12 +38,31 @@ def _smooth(t: float, length: float) -> float:
     return scale * (seam**4 + (t - seam) * 4 * seam**3)
 
 
+def epochs_of(schedule: Schedule, steps: int) -> int:
+    """How many epochs of so many steps are begun."""
+    return -(-_length(schedule, steps) // steps)
+
+
+def steps_of(schedule: Schedule, epoch: int, steps: int) -> int:
+    """How many of its steps an epoch (from 1) makes: all, or in the last one what is left."""
+    return min(steps, _length(schedule, steps) - (epoch - 1) * steps)
+
+
+def _length(schedule: Schedule, steps: int) -> int:
+    """All steps of a training whose epochs have so many."""
+    whole = schedule.epochs * steps
+    return whole if schedule.steps is None else min(whole, schedule.steps)
+
+
 def learning_rate(optimizer: Optimizer, schedule: Schedule, epoch: int, step: int, steps: int) -> float:
     """The learning rate of a step: arguments as in `radius_share`."""
+    before = (epoch - 1) * steps + step
     if optimizer.decay == "step":
-        return optimizer.rate * optimizer.decay_factor ** sum(epoch > at for at in optimizer.decay_epochs)
-    done = (epoch - 1 - optimizer.decay_from) * steps + step
-    length = (schedule.epochs - optimizer.decay_from) * steps
+        falls = sum(epoch > at for at in optimizer.decay_epochs)
+        falls += sum(before >= at for at in optimizer.decay_steps)
+        return optimizer.rate * optimizer.decay_factor**falls
+    done = before - optimizer.decay_from * steps
+    length = _length(schedule, steps) - optimizer.decay_from * steps
     share = max(0.0, done / max(1, length))
     if optimizer.decay == "cosine":
         return optimizer.rate * (1 + math.cos(math.pi * share)) / 2

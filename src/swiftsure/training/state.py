@@ -103,4 +103,9 @@ def restore(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, sett
         index, key = name.split(".", 1)
         slots.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+    # In the parameters' own layout again: with another one an optimiser may round otherwise.
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter).copy_(value)
     return Progress(json.loads(metadata["records"]), json.loads(metadata["controller"]), part("best."))
