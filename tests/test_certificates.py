@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,13 +141,14 @@ def test_auto_asks_a_technique_only_for_what_cheaper_ones_and_an_attack_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = dict.fromkeys(bounds.TECHNIQUES, 0)
-    real = bounds.margins
+    names = {technique: name for name, technique in bounds.TECHNIQUES.items()}
+    real = bounds.difference_bounds
 
-    def counting(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
-        asked[method] += len(x)
-        return real(net, x, y, ball, method)
+    def counting(bound: Any, graph: Any, region: Any, y: Tensor, *, upper: bool = True) -> Any:
+        asked[names[bound]] += len(y)
+        return real(bound, graph, region, y, upper=upper)
 
-    monkeypatch.setattr("swiftsure.certificates._certify.margins", counting)
+    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", counting)
     net, x, y = problem("proven")
     y = y.clone()
     y[:5] = (y[:5] + 1) % 10
@@ -286,12 +288,13 @@ def test_what_is_not_a_number_never_certifies(value: float, layer: int) -> None:
 def test_a_bound_that_is_no_number_proves_nothing(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     net, x, y = problem("proven")
 
-    def margins(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
-        lower = torch.ones(len(x), 10)
+    def found_bounds(bound: Any, graph: Any, region: Any, y: Tensor, *, upper: bool = True) -> Any:
+        lower = torch.ones(len(y), 10)
         lower[::2, 3] = value
-        return lower.scatter(1, y[:, None], 0.0)
+        lower = lower.scatter(1, y[:, None], 0.0)
+        return [(lower, lower)]
 
-    monkeypatch.setattr("swiftsure.certificates._certify.margins", margins)
+    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", found_bounds)
     right = (label(net, x) == y).nonzero()[:, 0]
     found = certify(net, x, y, BALLS[0], method="interval", delta=FLOOR, batch=len(x))
     spoilt = (torch.arange(len(right)) % 2 == 0) & (y[right] != 3)
@@ -304,7 +307,8 @@ def test_an_answer_that_is_no_number_is_never_certified(monkeypatch: pytest.Monk
     net = copy.deepcopy(net)
     with torch.no_grad():
         net[-1].bias[2] = torch.nan
-    monkeypatch.setattr("swiftsure.certificates._certify.margins", lambda net, x, *_: torch.ones(len(x), 10))
+    ones = [(torch.ones(len(x), 10), torch.ones(len(x), 10))]
+    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", lambda *_, **__: ones)
     assert not certify(net, x, None, BALLS[0], delta=FLOOR).certified.any()
 
 
@@ -347,7 +351,7 @@ def test_a_tuple_of_one_exit_is_one_exit() -> None:
     net = Heads(1)
     plain = nn.Sequential(nn.Flatten(), nn.ReLU(), net.heads[0])
     assert torch.equal(certify(net, x, None, Ball(0.01)).margin, certify(plain, x, None, Ball(0.01)).margin)
-    with pytest.raises(InputError, match="multi-exit certificates are not supported yet"):
+    with pytest.raises(InputError, match="2 exits and no thresholds"):
         certify(Heads(2), x, None, Ball(0.01))
 
 

@@ -79,7 +79,7 @@ def test_what_is_written_is_read(made: Certificate, images: ImageSet, tmp_path: 
     assert 0 < back.certified.sum() < COUNT
 
 
-def test_the_layout(made: Certificate, tmp_path: Path) -> None:
+def test_the_layout(made: Certificate, images: ImageSet, tmp_path: Path) -> None:
     header, *samples = lines_of(tmp_path)
     assert header["n"] == len(samples) == COUNT
     assert header["ball"] == BALLS[0].as_dict()
@@ -87,10 +87,12 @@ def test_the_layout(made: Certificate, tmp_path: Path) -> None:
     assert header["delta"] == made.delta
     assert samples[3] == {
         "index": 3,
+        "image": hashlib.sha256(images.images[3].numpy().tobytes()).hexdigest()[:16],
         "label": int(made.label[3]),
         "certified": bool(made.certified[3]),
         "margin": float(made.margin[3]),
         "method": made.method[3],
+        "exits": [0],
         "max_exit": 0,
         "max_macs": int(made.max_macs[3]),
     }
@@ -173,7 +175,7 @@ EDITS: dict[str, Callable[[Lines], Any]] = {
     "speaks of 24 samples, and 23": lambda lines: lines.pop(),
     "sample 1 stands where sample 0": _swap,
     "sample 0 must hold": _extra,
-    "format is swiftsure-certificates 2": lambda lines: lines[0].update(format_version=2),
+    "format is swiftsure-certificates 3": lambda lines: lines[0].update(format_version=3),
     "not written by swiftsure": lambda lines: lines[0].update(format="other"),
     "n of the header is True": lambda lines: lines[0].update(n=True),
     "delta": lambda lines: lines[0].update(delta=-1.0),
@@ -181,6 +183,12 @@ EDITS: dict[str, Callable[[Lines], Any]] = {
     "the ball must hold": lambda lines: lines[0]["ball"].pop("eps"),
     "names the method 'milp'": lambda lines: lines[1].update(method="milp"),
     "its method is 'milp'": lambda lines: lines[0].update(method="milp"),
+    "exits of sample 0 are [0, 1]": lambda lines: lines[1].update(exits=[0, 1]),
+    "exits of sample 1 are []": lambda lines: lines[2].update(exits=[]),
+    "exits of sample 0 are [0], the last one 1": lambda lines: lines[1].update(max_exit=1),
+    "digest that stands beside": lambda lines: lines[0].update(
+        policy={"rule": "entropy", "thresholds": [0.5]}
+    ),
     "label of sample 0 is -1": lambda lines: lines[1].update(label=-1),
     "max_macs of sample 0 is 1.5": lambda lines: lines[1].update(max_macs=1.5),
     "margin of sample 0 is '1'": lambda lines: lines[1].update(margin="1"),
@@ -267,7 +275,6 @@ def test_recheck_refuses_other_margins_and_costs(
         (InputError, "margin", {"certified": False, "method": "none", "margin": -0.25}),
         (SoundnessError, "MACs", {"max_macs": int(made.max_macs[index]) - 1}),
         (InputError, "MACs", {"max_macs": int(made.max_macs[index]) + 1}),
-        (InputError, "exit", {"max_exit": 1}),
     ]
     for error, word, edit in edits:
         lines = lines_of(tmp_path)
@@ -291,10 +298,12 @@ def test_half_of_the_slack_is_kept_for_recomputation(
     write(tmp_path, certify(net, x, y, BALLS[0], method="interval", delta=delta), images)
 
     def lowered(by: float) -> None:
-        def margins(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Any:
-            return bounds.margins(net, x, y, ball, method) - by
+        def found(bound: Any, graph: Any, region: Any, y: Tensor, *, upper: bool) -> Any:
+            return [
+                (low - by, up) for low, up in bounds.difference_bounds(bound, graph, region, y, upper=upper)
+            ]
 
-        monkeypatch.setattr("swiftsure.certificates._certify.margins", margins)
+        monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", found)
 
     lowered(5e-4)
     assert recheck(net, tmp_path, images).largest_difference == pytest.approx(5e-4, rel=0.1)

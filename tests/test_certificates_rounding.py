@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -52,15 +53,17 @@ def test_only_bounds_that_prove_count_and_beside_the_network(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     x, _ = held_out(8).batch(slice(None))
-    real, seen = bounds.margins, []
+    real, seen = bounds.difference_bounds, []
 
-    def coarse(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
-        lower = real(net, x, y, ball, method)
+    def coarse(bound: Any, graph: Any, region: Any, y: Tensor, *, upper: bool) -> Any:
+        ((lower, above),) = real(bound, graph, region, y, upper=upper)
         seen.append(lower)
         # What proves nothing may be as coarse as it likes.
-        return lower + (1e-3 * (lower > 0.1) - 0.05 * (lower < -0.1)) if x.dtype == torch.float32 else lower
+        if lower.dtype == torch.float32:
+            lower = lower + (1e-3 * (lower > 0.1) - 0.05 * (lower < -0.1))
+        return [(lower, above)]
 
-    monkeypatch.setattr("swiftsure.certificates._rounding.margins", coarse)
+    monkeypatch.setattr("swiftsure.certificates._rounding.difference_bounds", coarse)
     monkeypatch.setattr("swiftsure.certificates._rounding._network_rounding", lambda *_: 2e-3)
     assert rounding_slack(network(), x, Ball(0.12), method) == pytest.approx(SAFETY * 3e-3, rel=0.02)
     assert (seen[0] > 0.1).any()
@@ -72,10 +75,10 @@ def test_a_false_proof_in_float32_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
     x, _ = held_out(4).batch(slice(None))
     ball = Ball(0.9)
     monkeypatch.setattr(
-        "swiftsure.certificates._rounding.margins",
-        lambda net, x, y, ball, method: torch.full(
-            (len(x), 10), 0.5 if x.dtype == torch.float32 else -0.5
-        ).to(x),
+        "swiftsure.certificates._rounding._bounds",
+        lambda net, x, y, ball, method: [
+            (torch.full((len(x), 10), 0.5 if x.dtype == torch.float32 else -0.5).to(x),)
+        ],
     )
     assert rounding_slack(network(), x, ball, "interval") >= SAFETY
 

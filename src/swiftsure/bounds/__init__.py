@@ -58,6 +58,7 @@ __all__ = [
     "alpha_crown",
     "crown",
     "crown_ibp",
+    "difference_bounds",
     "interval",
     "linear_map",
     "lower_margins",
@@ -129,6 +130,19 @@ def output_bounds(
 
 def lower_margins(bound: Technique, graph: Graph, region: Region, y: Tensor) -> list[Tensor]:
     """Lower bounds of z_y - z_j by a technique, for each output: (batch, classes), entry y being exactly 0."""
+    return [low for low, _ in difference_bounds(bound, graph, region, y, upper=False)]
+
+
+def difference_bounds(
+    bound: Technique, graph: Graph, region: Region, y: Tensor, *, upper: bool = True
+) -> list[tuple[Tensor, Tensor]]:
+    """Bounds of z_y - z_j by a technique, for each output: two of (batch, classes), entries y being exactly 0.
+
+    Args:
+        bound: the technique.
+        graph: the traced network; region: the inputs; y: (batch,) int64.
+        upper: whether the upper ends are wanted; they may be infinite where not.
+    """
     classes = class_count(graph)
     y = y.long()
     # The true class asks for nothing: one row in ten less.
@@ -138,8 +152,11 @@ def lower_margins(bound: Technique, graph: Graph, region: Region, y: Tensor) -> 
     spec = identity[y][:, None] - identity[others]
     zero = region.x.new_zeros(len(y), classes)
     if classes == 1:
-        return [zero] * len(graph.outputs)
-    return [zero.scatter(1, others, low) for low, _ in bound(graph, region, spec, upper=False)]
+        return [(zero, zero)] * len(graph.outputs)
+    return [
+        (zero.scatter(1, others, low), zero.scatter(1, others, high))
+        for low, high in bound(graph, region, spec, upper=upper)
+    ]
 
 
 def class_count(graph: Graph) -> int:

@@ -1,4 +1,4 @@
-"""Verdicts: which samples no image of the ball can take the label from."""
+"""Verdicts: which samples no image of the ball can take the label from, and what the ball can cost at most."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks import pgd
-from swiftsure.attacks.objectives import as_exits
+from swiftsure.attacks.objectives import as_exits, average, cross_entropy
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, Graph, margins, memory, trace
+from swiftsure.bounds import (
+    TECHNIQUES,
+    Graph,
+    Region,
+    class_count,
+    difference_bounds,
+    memory,
+    technique,
+    trace,
+)
 from swiftsure.certificates._precision import certifying, place
 from swiftsure.certificates._rounding import FLOOR, rounding_slack
+from swiftsure.certificates._walk import walk
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
-from swiftsure.exits.cost import static_macs
+from swiftsure.exits import Policy, exit_macs
 
 METHODS = (*TECHNIQUES, "auto")
 """What certificates may be asked for: one technique of `bounds`, or all of them in turn, cheap ones first."""
 
 UNPROVEN = "none"
 
-DEAR = "symbolic"
-"""With "auto", the first technique that is worth an attack before it: only what withstands one is asked about."""
+DEAR = ("symbolic", "crown", "alpha-crown")
+"""With "auto", only what withstands an attack is asked of these."""
 ATTACK_STEPS = 20
 LARGEST_CHUNK = {"interval": 256}
 """Samples bounded at once, however much memory there is: beyond, nothing gets faster."""
@@ -37,26 +47,34 @@ LARGEST_ROW_CHUNK = 64
 class Certificate:
     """What is proven of each of B samples. Tensors lie on the device of the images.
 
+    Label and cost are two promises: a sample whose label is not proven has a proven cost all the same.
+
     Attributes:
-        certified: (B,) bool: every image of the ball gets the label.
-        margin: (B,) the smallest of the lower bounds of z_label - z_j that a proof needs; -inf where none was computed
-            (the sample is misclassified as it is) or none is a number.
+        certified: (B,) bool: for every image of the ball the deployed network answers the label.
+        margin: (B,) the smallest of the lower bounds of z_label - z_j that a proof needs: those of the exits that can
+            fire and of the classes that could be their answer. -inf where none was computed (the sample is
+            misclassified as it is) or none is a number, +inf where none is needed.
+        required: (B, K) bool: the exits by which an image of the ball may leave.
         max_exit: (B,) int64, the last exit, from 0, that an image of the ball can reach.
         max_macs: (B,) int64, the most multiply-adds that an image of the ball can cost.
-        method: B names, the technique that proved the sample; "none" where none did.
+        method: B names, the technique that proved the label; "none" where none did.
         label: (B,) int64, the label that the verdict is about.
         ball: the threat model.
+        policy: when inputs leave; None for one exit.
         asked: the method that was asked for.
-        delta: what a margin has to exceed; see `rounding_slack`.
+        delta: what a margin has to exceed, and how much every box of logit differences is widened; see
+            `rounding_slack`.
     """
 
     certified: Tensor
     margin: Tensor
+    required: Tensor
     max_exit: Tensor
     max_macs: Tensor
     method: list[str]
     label: Tensor
     ball: Ball
+    policy: Policy | None
     asked: str
     delta: float
 
@@ -69,31 +87,37 @@ class Certificate:
         count = Counter(self.method)
         return {name: count[name] for name in _techniques(self.asked)}
 
+    def certified_slowdown(self, macs: float) -> float:
+        """The share of samples, in [0, 1], that no image of the ball can make cost more than so many multiply-adds."""
+        return (self.max_macs <= macs).double().mean().item()
+
 
 def certify(
     net: nn.Module,
     x: Tensor,
     y: Tensor | None = None,
     ball: Ball | None = None,
-    policy: None = None,
+    policy: Policy | None = None,
     method: str = "auto",
     *,
     delta: float | None = None,
     batch: int | None = None,
 ) -> Certificate:
-    """Prove, sample by sample, that no image of the ball around x gets another label than y.
+    """Prove, sample by sample, that the deployed network answers y to every image of the ball, and what it may cost.
 
-    A sample whose own image is misclassified is never certified and costs no bound. With "auto" a sample that a
-    cheap technique proves costs no dearer one, and one that PGD breaks none of the dear ones. Computed in evaluation
-    semantics and in full float32 (or float64, as the weights are), without TF32 and autocast, and valid for networks
-    that run so; nothing of the network changes.
+    A network of several exits answers by the first one that fires; `_walk` has what must hold at which exit. One exit
+    is the case in which it always fires. A sample whose own image is misclassified is never certified. Bounds of
+    several techniques are intersected. With "auto" a sample that a cheap technique proves costs no dearer one, and one
+    that PGD breaks none of the dear ones; costs are sought by the cheap techniques, and by a dear one only where it
+    is run for the label. Computed in evaluation semantics and in full float32 (or float64, as the weights are),
+    without TF32 and autocast, and valid for networks that run so; nothing of the network changes.
 
     Args:
-        net: returns logits (B, classes).
+        net: returns logits (B, classes), or a tuple of K of them.
         x: images (B, channels, height, width) in [0, 1] and in the ball's pixel range.
-        y: labels (B,), integers; None: the network's own answers on x.
+        y: labels (B,), integers; None: the deployed network's own answers on x.
         ball: the threat model.
-        policy: None; policies of exits have no meaning for one exit.
+        policy: when inputs leave; None: ``net.policy``, and nothing for one exit.
         method: a technique of `bounds`, or "auto".
         delta: what a margin must exceed to count as a proof; None: measured by `rounding_slack` on the first images.
             Two calls with the same delta agree on a sample whatever else is in the batch, but for margins within
@@ -101,11 +125,36 @@ def certify(
         batch: samples that are bounded at once; None: as many as `bounds.memory` allows.
 
     Raises:
-        InputError: images, labels or a ball that do not fit, an unknown method, a policy, a negative delta, a batch
-            below 1, an operation without a bound rule, several exits, or weights coarser than float32.
+        InputError: images, labels or a ball that do not fit, an unknown method, several exits without a policy or
+            with one for another number of exits, a negative delta, a batch below 1, an operation without a bound
+            rule, or weights coarser than float32.
     """
-    names = _techniques(method)
-    ball = _checked_options(ball, policy, delta, batch)
+    return certify_by(_techniques(method), net, x, y, ball, policy, asked=method, delta=delta, batch=batch)
+
+
+def certify_by(
+    names: Sequence[str],
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    ball: Ball | None,
+    policy: Policy | None,
+    *,
+    asked: str,
+    delta: float | None = None,
+    batch: int | None = None,
+    frugal: bool | None = None,
+) -> Certificate:
+    """`certify` by these techniques in turn, whose bounds are intersected.
+
+    Args:
+        names: techniques, cheap ones first.
+        frugal: whether only what is undecided goes on to the next technique; None: where the method is "auto".
+
+    Other args, result and errors as of `certify`.
+    """
+    frugal = asked == "auto" if frugal is None else frugal
+    ball = _checked_options(ball, delta, batch)
     device, dtype = place(net)
     config = getattr(net, "config", None)
     config = config if isinstance(config, dict) else {}
@@ -114,40 +163,106 @@ def certify(
         raise InputError(f"pixels leave the ball's range; allowed: [{ball.low}, {ball.high}]")
     with certifying(net):
         graph = trace(net, x)
-        classes = _single_exit_classes(graph)
+        classes = class_count(graph)
+        if classes < 2:
+            raise InputError("the network has one class; certificates need at least 2")
+        policy = _policy_of(net, policy, len(graph.outputs))
         check_batch(x, y, classes)
         if delta is None:
-            delta = rounding_slack(net, x, ball, method)
+            delta = rounding_slack(net, x, ball, asked)
         images = x.detach().to(device, dtype)
-        answers, finite = _answers(net, images, classes)
-        label = answers if y is None else y.detach().to(device, torch.int64)
-        margin = torch.full((len(x),), -torch.inf, dtype=dtype, device=device)
-        proven_by = [UNPROVEN] * len(x)
-        undecided = ((answers == label) & finite).nonzero()[:, 0]
+        proof = _Proof(net, graph, images, None if y is None else y.detach().to(device, torch.int64), policy)
         for name in names:
-            if method == "auto" and name == DEAR:
-                # What an attack breaks cannot be proven, and would cost most.
-                undecided = undecided[_withstands(net, images[undecided], label[undecided], ball)]
-            for part in undecided.split(batch or _chunk(graph, images, name)):
-                found = _worst(as_exits(margins(net, images[part], label[part], ball, name))[-1], label[part])
-                margin[part] = torch.maximum(margin[part], found)
-            proven = margin[undecided].double() > delta
-            for index in undecided[proven].tolist():
-                proven_by[index] = name
-            undecided = undecided[~proven]
-        macs = static_macs(net, x.shape[1:])
-    margin, label = margin.to(x.device), label.to(x.device)
+            chosen = torch.arange(len(x), device=device)
+            if frugal:
+                proof.drop_dear(name, ball)
+                chosen = proof.undecided(name)
+            for part in chosen.split(batch or _chunk(graph, images, name)):
+                proof.add(name, part, ball, delta)
+        costs = torch.tensor(exit_macs(net, x.shape[1:]), device=device)
     return Certificate(
-        certified=margin.double() > delta,
-        margin=margin,
-        max_exit=torch.zeros_like(label),
-        max_macs=torch.full_like(label, macs),
-        method=proven_by,
-        label=label,
+        certified=proof.certified.to(x.device),
+        margin=proof.margin.to(x.device),
+        required=proof.required.to(x.device),
+        max_exit=proof.max_exit.to(x.device),
+        max_macs=costs[proof.max_exit].to(x.device),
+        method=proof.method,
+        label=proof.label.to(x.device),
         ball=ball,
-        asked=method,
+        policy=policy if len(graph.outputs) > 1 else None,
+        asked=asked,
         delta=delta,
     )
+
+
+class _Proof:
+    """What is known so far of each sample: boxes of logit differences at every exit, and what the walk makes of them."""
+
+    def __init__(
+        self, net: nn.Module, graph: Graph, images: Tensor, y: Tensor | None, policy: Policy
+    ) -> None:
+        self.net, self.graph, self.images, self.policy = net, graph, images, policy
+        self.exits, self.classes = len(graph.outputs), class_count(graph)
+        self.logits = _logits(net, images, self.exits, self.classes)
+        answer = policy.logits_of(self.logits)
+        said = answer.argmax(1)
+        self.exit = policy.exit_of(self.logits)
+        self.label = said if y is None else y
+        finite = torch.stack([z.isfinite().all(1) for z in self.logits]).all(0)
+        self.right = (said == self.label) & finite
+        # Differences to the class that the network answers bound its entropy best.
+        self.about = self.label.where(self.right, said)
+        shape = (len(images), self.classes)
+        self.low = [images.new_full(shape, -torch.inf) for _ in self.logits]
+        self.high = [images.new_full(shape, torch.inf) for _ in self.logits]
+        self.margin = images.new_full((len(images),), -torch.inf)
+        self.certified = torch.zeros_like(self.right)
+        self.broken = torch.zeros_like(self.right)
+        self.max_exit = torch.full_like(self.label, self.exits - 1)
+        self.required = torch.ones(len(images), self.exits, dtype=torch.bool, device=images.device)
+        self.method = [UNPROVEN] * len(images)
+
+    def undecided(self, name: str) -> Tensor:
+        """Which samples are worth a technique: those whose label it may prove, or, if it is cheap, bound the cost of."""
+        label = self.right & ~self.certified & ~self.broken
+        # The image itself leaves by its exit: no proof can promise less.
+        cost = self.max_exit > self.exit
+        return (label if name in DEAR else label | cost).nonzero()[:, 0]
+
+    def drop_dear(self, name: str, ball: Ball) -> None:
+        """Before the first dear technique: what an attack breaks cannot be proven, and would cost most."""
+        if name == DEAR[0]:
+            asked = (self.right & ~self.certified).nonzero()[:, 0]
+            self.broken[asked] = ~_withstands(
+                self.net, self.images[asked], self.label[asked], ball, self.policy, self.exits
+            )
+
+    def add(self, name: str, part: Tensor, ball: Ball, delta: float) -> None:
+        """Intersect the boxes of some samples with a technique's, and walk again."""
+        if self.exits == 1:
+            # Whatever it costs is known, and the label of a wrong answer cannot be proven.
+            part = part[self.right[part]]
+        if not len(part):
+            return
+        about = self.about[part]
+        region = Region(self.images[part], ball)
+        found = difference_bounds(technique(name), self.graph, region, about, upper=self.exits > 1)
+        for exit, (lower, upper) in enumerate(found):
+            # What overflowed bounds nothing, on either side. z_j - z_y is the negative.
+            low = (-upper).where(upper.isfinite(), -torch.inf)
+            high = (-lower).where(lower.isfinite(), torch.inf)
+            self.low[exit][part] = torch.maximum(self.low[exit][part], low)
+            self.high[exit][part] = torch.minimum(self.high[exit][part], high)
+        boxes = [(low[part], high[part]) for low, high in zip(self.low, self.high, strict=True)]
+        walked = walk(boxes, about, self.policy, delta, [z[part] for z in self.logits])
+        right = self.right[part]
+        self.margin[part] = torch.where(right, walked.margin.to(self.margin), self.margin[part])
+        proven = right & (walked.margin > delta) & ~self.certified[part]
+        for index in part[proven].tolist():
+            self.method[index] = name
+        self.certified[part] |= proven
+        self.max_exit[part] = walked.max_exit
+        self.required[part] = walked.required
 
 
 def verified_accuracy(
@@ -176,11 +291,9 @@ def _techniques(method: str) -> Sequence[str]:
     return tuple(TECHNIQUES) if method == "auto" else (method,)
 
 
-def _checked_options(ball: Any, policy: Any, delta: float | None, batch: int | None) -> Ball:
+def _checked_options(ball: Any, delta: float | None, batch: int | None) -> Ball:
     if not isinstance(ball, Ball):
         raise InputError(f"ball is {ball!r}; a certificate needs one, such as Ball(eps=0.1, norm='inf')")
-    if policy is not None:
-        raise InputError("policies belong to networks with several exits; allowed for one exit: policy=None")
     if delta is not None and not 0 <= delta < torch.inf:
         raise InputError(f"delta is {delta!r}; allowed: a finite number >= 0, or None to measure it")
     if batch is not None and (not isinstance(batch, int) or batch < 1):
@@ -188,38 +301,43 @@ def _checked_options(ball: Any, policy: Any, delta: float | None, batch: int | N
     return ball
 
 
-def _single_exit_classes(graph: Graph) -> int:
-    if len(graph.outputs) > 1:
-        raise InputError(
-            f"the network has {len(graph.outputs)} exits; multi-exit certificates are not supported yet by certify"
-        )
-    (classes,) = graph.nodes[graph.outputs[0]].shape
-    if classes < 2:
-        raise InputError("the network has one class; certificates need at least 2")
-    return classes
+def _policy_of(net: nn.Module, policy: Policy | None, exits: int) -> Policy:
+    """When inputs leave: what was passed, or what the network has."""
+    if policy is None:
+        own = getattr(net, "policy", None)
+        policy = own if isinstance(own, Policy) else None
+    if policy is None:
+        if exits > 1:
+            raise InputError(
+                f"the network has {exits} exits and no thresholds; set net.policy, pass policy=, or use "
+                "swiftsure.exits.calibrate (`swiftsure calibrate RUN`)"
+            )
+        return Policy("entropy", ())
+    if not isinstance(policy, Policy):
+        raise InputError(f"policy is {policy!r}; allowed: a Policy such as Policy('entropy', [0.1]), or None")
+    policy.require(exits)
+    return policy
 
 
-def _answers(net: nn.Module, x: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The labels that the network gives, and where all logits are finite: (B,) each."""
-    chunks = [as_exits(net(part))[-1] for part in x.split(LARGEST_CHUNK["interval"])] if len(x) else []
-    logits = torch.cat(chunks) if chunks else x.new_empty(0, classes)
-    return logits.argmax(1), logits.isfinite().all(1)
+def _logits(net: nn.Module, x: Tensor, exits: int, classes: int) -> list[Tensor]:
+    """What every exit says of the images: K of (B, classes)."""
+    if not len(x):
+        return [x.new_empty(0, classes)] * exits
+    chunks = [as_exits(net(part)) for part in x.split(LARGEST_CHUNK["interval"])]
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-def _withstands(net: nn.Module, x: Tensor, label: Tensor, ball: Ball) -> Tensor:
-    """Whether PGD, started at the image itself, leaves each sample its label: (batch,) bool."""
-    parts = [
-        as_exits(net(pgd(net, images, wanted, ball, steps=ATTACK_STEPS, random_start=False)))[-1].argmax(1)
-        == wanted
-        for images, wanted in zip(x.split(256), label.split(256), strict=True)
-    ]
-    return torch.cat(parts) if parts else label.new_empty(0, dtype=torch.bool)
-
-
-def _worst(lower: Tensor, label: Tensor) -> Tensor:
-    """The smallest bound over the wrong classes, -inf where any is not finite: (B,)."""
-    worst = lower.scatter(1, label[:, None], torch.inf).amin(1)
-    return worst.where(lower.isfinite().all(1), -torch.inf)
+def _withstands(net: nn.Module, x: Tensor, label: Tensor, ball: Ball, policy: Policy, exits: int) -> Tensor:
+    """Whether PGD on all exits, started at the image itself, leaves each sample its label: (batch,) bool."""
+    objective = average() if exits > 1 else cross_entropy
+    parts = [label.new_empty(0, dtype=torch.bool)]
+    for images, wanted in zip(x.split(256), label.split(256), strict=True):
+        if len(images):
+            found = pgd(
+                net, images, wanted, ball, objective=objective, steps=ATTACK_STEPS, random_start=False
+            )
+            parts.append(~policy.misclassified(as_exits(net(found)), wanted))
+    return torch.cat(parts)
 
 
 def _chunk(graph: Graph, images: Tensor, name: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure import files
-from swiftsure.certificates._certify import UNPROVEN, Certificate, certify
+from swiftsure.certificates._certify import UNPROVEN, Certificate, _techniques, certify_by
 from swiftsure.certificates._storage import NAME, read
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError, SoundnessError
@@ -93,14 +93,19 @@ def recheck(
         for name in sorted({claimed.method[i] for i in index.tolist()}):
             here = torch.tensor([claimed.method[i] == name for i in index.tolist()])
             chosen = index[here]
-            fresh = certify(
+            # What a proof rests on is all that had been tried by then: its own technique and the cheaper ones.
+            names = _techniques(claimed.asked)
+            fresh = certify_by(
+                names if name == UNPROVEN else names[: names.index(name) + 1],
                 net,
                 x[here],
                 claimed.label[chosen],
                 claimed.ball,
-                method=claimed.asked if name == UNPROVEN else name,
+                claimed.policy,
+                asked=claimed.asked,
                 delta=NEEDED * claimed.delta,
                 batch=batch,
+                frugal=name == UNPROVEN and claimed.asked == "auto",
             )
             largest = max(largest, _compare(claimed, fresh, chosen, tolerance))
     return Recheck(count, int(claimed.certified[:count].sum()), largest, time.perf_counter() - start)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, margins, technique
+from swiftsure.bounds import TECHNIQUES, Region, difference_bounds, technique, trace
 from swiftsure.certificates._precision import certifying, place
 
 SAFETY = 10.0
@@ -39,17 +39,20 @@ SAMPLES = 4
 BATCHES = (1, 7, 64)
 # In backward substitution a sample is hundreds of rows by itself: batch sizes change little, and cost much.
 ROW_BATCHES = (1, 4)
+FELT = 40.0
+"""A logit that lies so far below another has a probability below 1e-17, and nothing depends on where it lies."""
 
 
 def rounding_slack(net: nn.Module, x: Tensor, ball: Ball, method: str = "auto") -> float:
     """By how much a computed margin must exceed 0 to count as a proof (see the head of this file).
 
     Measured on the first samples of x, at the images themselves and at two points of the ball around each, against
-    a float64 copy of the network. The network stays as it is. Of the bounds only those entries count that prove
-    something in one arithmetic or the other: a bound of -1000 may round as it likes.
+    a float64 copy of the network, at every exit. The network stays as it is. Of the bounds only those entries count
+    that prove something in one arithmetic or the other: a bound of -1000 may round as it likes. With several exits
+    those count that an entropy depends on, too: differences of up to `FELT`.
 
     Args:
-        net: returns logits (batch, classes).
+        net: returns logits (batch, classes), or a tuple of them.
         x: images (batch, channels, height, width) in [0, 1]; none give the floor.
         ball: the threat model.
         method: a technique of `bounds`, or "auto" for all of them.
@@ -69,7 +72,7 @@ def rounding_slack(net: nn.Module, x: Tensor, ball: Ball, method: str = "auto") 
         return FLOOR
     with certifying(net):
         exact = copy.deepcopy(net).double()
-        y = _logits(exact, x.double()).argmax(1)
+        y = as_exits(exact(x.double()))[-1].argmax(1)
         network = max(_network_rounding(net, exact, point, y) for point in _points(x, ball))
         # An ascent takes another path in every arithmetic; what rounds in it is a bound at given slopes, as in CROWN.
         measured = {"crown" if name == "alpha-crown" else name for name in names}
@@ -87,24 +90,38 @@ def _points(x: Tensor, ball: Ball) -> Iterator[Tensor]:
 
 
 def _network_rounding(net: nn.Module, exact: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The largest difference of a margin z_y - z_j from float64, at these points."""
-    reference = _differences(_logits(exact, x.double()), y)
+    """The largest difference of a margin z_y - z_j from float64, at these points, at any exit."""
+    reference = [_differences(z, y) for z in as_exits(exact(x.double()))]
     errors = [
-        _largest(_differences(_logits(net, x[part]), y[part]) - reference[part])
+        _largest(_differences(z, y[part]) - wanted[part])
         for part in _batches(len(x), BATCHES, x.device)
+        for z, wanted in zip(as_exits(net(x[part])), reference, strict=True)
     ]
     return max(errors)
 
 
 def _bound_rounding(net: nn.Module, exact: nn.Module, x: Tensor, y: Tensor, ball: Ball, name: str) -> float:
-    """The largest difference of a margin's bound from float64, of those that prove something."""
-    reference = as_exits(margins(exact, x.double(), y, ball, name))[-1]
+    """The largest difference of a margin's bound from float64, of those that a proof can rest on, at any exit."""
+    reference = _bounds(exact, x.double(), y, ball, name)
     errors = [0.0]
     for part in _batches(len(x), BATCHES if name == "interval" else ROW_BATCHES, x.device):
-        found = as_exits(margins(net, x[part], y[part], ball, name))[-1]
-        proves = (found > 0) | (reference[part] > 0)
-        errors.append(_largest((found - reference[part])[proves]))
+        for ends, wanted in zip(_bounds(net, x[part], y[part], ball, name), reference, strict=True):
+            for end, exactly in zip(ends, wanted, strict=True):
+                counts = (end > 0) | (exactly[part] > 0)
+                if len(reference) > 1:
+                    counts |= exactly[part].abs() < FELT
+                errors.append(_largest((end - exactly[part])[counts]))
     return max(errors)
+
+
+def _bounds(
+    net: nn.Module, x: Tensor, y: Tensor, ball: Ball, name: str
+) -> list[tuple[Tensor] | tuple[Tensor, Tensor]]:
+    """What a certificate asks for: the lower ends of the margins, and with several exits the upper ones as well."""
+    graph = trace(net, x)
+    both = len(graph.outputs) > 1
+    found = difference_bounds(technique(name), graph, Region(x, ball), y, upper=both)
+    return [ends if both else ends[:1] for ends in found]
 
 
 def _batches(count: int, sizes: tuple[int, ...], device: torch.device) -> Iterator[Tensor]:
@@ -112,10 +129,6 @@ def _batches(count: int, sizes: tuple[int, ...], device: torch.device) -> Iterat
     for size in sizes:
         enough = -(-count // size) * size
         yield from (torch.arange(enough, device=device) % count).split(size)
-
-
-def _logits(net: nn.Module, x: Tensor) -> Tensor:
-    return as_exits(net(x))[-1]
 
 
 def _differences(logits: Tensor, y: Tensor) -> Tensor:

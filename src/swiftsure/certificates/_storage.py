@@ -23,11 +23,12 @@ from swiftsure.ball import Ball
 from swiftsure.certificates._certify import METHODS, UNPROVEN, Certificate
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError
+from swiftsure.exits import Policy
 from swiftsure.models.storage import WEIGHTS
 
 NAME = "certificates.jsonl"
 FORMAT = "swiftsure-certificates"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Types = tuple[type, ...]
 _HEADER: dict[str, Types] = {
@@ -36,7 +37,8 @@ _HEADER: dict[str, Types] = {
     "n": (int,),
     "weights_sha256": (str,),
     "data_sha256": (str,),
-    "policy_sha256": (type(None),),
+    "policy": (dict, type(None)),
+    "policy_sha256": (str, type(None)),
     "ball": (dict,),
     "method": (str,),
     "delta": (float,),
@@ -45,10 +47,12 @@ _HEADER: dict[str, Types] = {
 _BALL: dict[str, Types] = {"eps": (float,), "norm": (str,), "low": (float,), "high": (float,)}
 _SAMPLE: dict[str, Types] = {
     "index": (int,),
+    "image": (str,),
     "label": (int,),
     "certified": (bool,),
     "margin": (float, type(None)),
     "method": (str,),
+    "exits": (list,),
     "max_exit": (int,),
     "max_macs": (int,),
 }
@@ -62,14 +66,14 @@ class CertificateFile:
         certificate: the verdicts, on the CPU; margins in float64, which holds what was written exactly.
         weights_sha256: of model.safetensors beside it.
         data_sha256: of the certified images and labels, as ``ImageSet.sha256``.
-        policy_sha256: None; one exit has no policy.
+        policy_sha256: of rule and thresholds; None for one exit, which has none.
         versions: of swiftsure, torch and Python when it was written.
     """
 
     certificate: Certificate
     weights_sha256: str
     data_sha256: str
-    policy_sha256: None
+    policy_sha256: str | None
     versions: Mapping[str, str]
 
 
@@ -99,7 +103,8 @@ def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> Non
         "n": len(certificate),
         "weights_sha256": files.sha256(folder / WEIGHTS),
         "data_sha256": images.sha256(),
-        "policy_sha256": None,
+        "policy": None if certificate.policy is None else certificate.policy.as_dict(),
+        "policy_sha256": policy_sha256(certificate.policy),
         "ball": {
             key: value if key == "norm" else float(value) for key, value in certificate.ball.as_dict().items()
         },
@@ -112,14 +117,26 @@ def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> Non
         certificate.certified.tolist(),
         certificate.margin.tolist(),
         certificate.method,
+        certificate.required.tolist(),
         certificate.max_exit.tolist(),
         certificate.max_macs.tolist(),
         strict=True,
     )
     lines = [_line(header)]
-    for index, (label, certified, margin, method, max_exit, max_macs) in enumerate(columns):
+    for index, (label, certified, margin, method, required, max_exit, max_macs) in enumerate(columns):
         known = margin if math.isfinite(margin) else None
-        values = (index, label, certified, known, method, max_exit, max_macs)
+        exits = [exit for exit, can in enumerate(required) if can]
+        values = (
+            index,
+            image_sha256(images, index),
+            label,
+            certified,
+            known,
+            method,
+            exits,
+            max_exit,
+            max_macs,
+        )
         lines.append(_line(dict(zip(_SAMPLE, values, strict=True))))
     body = b"".join(lines)
     with files.atomic(folder / NAME) as temporary:
@@ -143,6 +160,17 @@ def read(folder: str | Path) -> CertificateFile:
         return _parse(content)
     except _Fault as fault:
         raise InputError(f"{path} cannot be trusted: {fault}; `swiftsure certify` writes it anew") from None
+
+
+def policy_sha256(policy: Policy | None) -> str | None:
+    """A digest of a policy's rule and thresholds; None for none."""
+    return None if policy is None else hashlib.sha256(_line(policy.as_dict())).hexdigest()
+
+
+def image_sha256(images: ImageSet, index: int) -> str:
+    """The first 16 digits of a digest of one image's stored values."""
+    values = images.images[index].cpu().contiguous().numpy()
+    return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
 class _Fault(Exception):
@@ -187,17 +215,20 @@ def _parse(content: bytes) -> CertificateFile:
         ball = Ball(**header["ball"])
     except InputError as error:
         raise _Fault(str(error)) from None
+    policy = _policy(header)
     samples = [_table(line, _SAMPLE, f"sample {index}") for index, line in enumerate(lines[1:-1])]
     for index, sample in enumerate(samples):
         _check_sample(index, sample, header)
     certificate = Certificate(
         certified=torch.tensor([sample["certified"] for sample in samples], dtype=torch.bool),
         margin=torch.tensor([_margin(sample) for sample in samples], dtype=torch.float64),
+        required=_required(samples, 1 if policy is None else policy.exits),
         max_exit=torch.tensor([sample["max_exit"] for sample in samples], dtype=torch.int64),
         max_macs=torch.tensor([sample["max_macs"] for sample in samples], dtype=torch.int64),
         method=[sample["method"] for sample in samples],
         label=torch.tensor([sample["label"] for sample in samples], dtype=torch.int64),
         ball=ball,
+        policy=policy,
         asked=header["method"],
         delta=header["delta"],
     )
@@ -227,8 +258,38 @@ def _typed(value: Any, types: Mapping[str, Types], where: str) -> dict[str, Any]
     return value
 
 
+def _policy(header: Mapping[str, Any]) -> Policy | None:
+    try:
+        policy = None if header["policy"] is None else Policy.from_dict(header["policy"])
+    except InputError as error:
+        raise _Fault(str(error)) from None
+    if policy_sha256(policy) != header["policy_sha256"]:
+        raise _Fault("its policy does not have the digest that stands beside it")
+    return policy
+
+
+def _required(samples: list[dict[str, Any]], exits: int) -> torch.Tensor:
+    required = torch.zeros(len(samples), exits, dtype=torch.bool)
+    for index, sample in enumerate(samples):
+        named = sample["exits"]
+        last = sample["max_exit"]
+        if (
+            any(type(exit) is not int for exit in named)
+            or sorted(set(named)) != named
+            or not 0 <= last < exits
+        ):
+            raise _Fault(f"exits of sample {index} are {named}, the last one {last}")
+        if not named or not 0 <= named[0] <= named[-1] <= last:
+            raise _Fault(f"exits of sample {index} are {named}, the last one {last}")
+        required[index, named] = True
+    return required
+
+
 def _margin(sample: Mapping[str, Any]) -> float:
-    return -math.inf if sample["margin"] is None else sample["margin"]
+    """The margin; none is written where it is infinite: nothing was needed for a proof, or nothing is known."""
+    if sample["margin"] is None:
+        return math.inf if sample["certified"] else -math.inf
+    return float(sample["margin"])
 
 
 def _check_sample(index: int, sample: Mapping[str, Any], header: Mapping[str, Any]) -> None:
