@@ -42,6 +42,7 @@ def calibrate_run(
     folder: str | Path,
     *,
     macs: float | None = None,
+    certified_macs: float | None = None,
     thresholds: Sequence[float] | None = None,
     policy: str | None = None,
     device: str = "auto",
@@ -56,6 +57,8 @@ def calibrate_run(
         folder: a run directory whose training is finished.
         macs: the mean multiply-adds an image may cost, for the best accuracy within them; None: equally many images at
             each exit.
+        certified_macs: instead, the mean of the proven worst-case multiply-adds over the recipe's ball, for the best
+            verified accuracy within them.
         thresholds: by hand instead, one for each exit but the last.
         policy: "entropy" or "confidence"; None: the recipe's.
         device: "auto" or a torch device.
@@ -68,17 +71,22 @@ def calibrate_run(
     """
     folder = Path(folder)
     recipe = run.read_recipe(folder)
+    given = {"macs": macs, "certified_macs": certified_macs, "thresholds": thresholds}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise InputError(f"{' and '.join(named)} are both given; allowed: one of them")
     choice = replace(
         recipe.exits,
         policy=policy or recipe.exits.policy,  # type: ignore[arg-type]
         macs=macs,
+        certified_macs=certified_macs,
         thresholds=None if thresholds is None else list(thresholds),
     )
     net = run.read_network(folder, run.pick_device(device), model)
     if not isinstance(net, MultiExit) or net.exits == 1:
         raise InputError(f"{folder} has a network of one exit; there are no thresholds to fit")
     images = data.load(recipe.data.name, data_root, recipe.seed).calibration
-    fitted = run_exits.fit_policy(net, choice, images)
+    fitted = run_exits.fit_policy(net, choice, images, recipe.ball.build())
     assert fitted is not None
     net.policy = fitted
     found = _measured(net, fitted, images)

@@ -222,6 +222,12 @@ COMMANDS = {
                 help="mean multiply-adds an image may cost (default: equally many images leave at each exit)",
             ),
             _argument(
+                "--certified-macs",
+                type=_number,
+                metavar="NUMBER",
+                help="mean of the proven worst-case multiply-adds, for the best verified accuracy within them",
+            ),
+            _argument(
                 "--thresholds", type=_numbers, metavar="LIST", help="by hand: one for each exit but the last"
             ),
             _argument("--policy", metavar="NAME", help="entropy or confidence (default: the recipe's)"),

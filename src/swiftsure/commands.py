@@ -66,6 +66,7 @@ def calibrate(options: Namespace) -> None:
     found = calibration.calibrate_run(
         options.run,
         macs=options.macs,
+        certified_macs=options.certified_macs,
         thresholds=options.thresholds,
         policy=options.policy,
         device=options.device,

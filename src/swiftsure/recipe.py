@@ -58,9 +58,11 @@ class Exits:
         count: instead of `at`, that many exits at equal shares of the cost, the last one included.
         policy: entropy (RDI-Nets' rule) or confidence (largest probability).
         thresholds: one for each exit but the last, by hand; null to fit them on the calibration half of the
-            validation split when training is done.
+            validation split when training is done. With certified_macs: those that training aims at.
         macs: fitted thresholds: the mean multiply-adds an image may cost, for the best accuracy within them; null for
             equally many images at each exit.
+        certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
+            accuracy within them, by interval bounds over the recipe's ball; null for one of the other two.
     """
 
     at: dict[str, Any] = field(default_factory=dict)
@@ -68,15 +70,18 @@ class Exits:
     policy: Literal["entropy", "confidence"] = "entropy"
     thresholds: list[float] | None = None
     macs: float | None = None
+    certified_macs: float | None = None
 
     def __post_init__(self) -> None:
         _require(not (self.at and self.count), "exits.at and exits.count are both given; give one of them")
         _require(
             self.count is None or self.count >= 1, f"exits.count is {self.count}; allowed: 1 or more, or null"
         )
+        ways = [name for name in ("thresholds", "macs", "certified_macs") if getattr(self, name) is not None]
         _require(
-            self.thresholds is None or self.macs is None,
-            "exits.thresholds and exits.macs are both given; with thresholds by hand nothing is fitted",
+            # Training towards thresholds and fitting others within a certified budget go together.
+            len(ways) < 2 or ways == ["thresholds", "certified_macs"],
+            f"exits.{' and exits.'.join(ways)} are both given; with thresholds by hand nothing is fitted",
         )
         high = 1.0 if self.policy == "confidence" else math.inf
         for value in self.thresholds or []:
@@ -85,7 +90,9 @@ class Exits:
                 f"exits.thresholds holds {value}; allowed: "
                 + ("0 to 1" if self.policy == "confidence" else "finite entropies >= 0, in nats"),
             )
-        _require(self.macs is None or self.macs > 0, f"exits.macs is {self.macs}; allowed: above 0, or null")
+        for name in ("macs", "certified_macs"):
+            budget = getattr(self, name)
+            _require(budget is None or budget > 0, f"exits.{name} is {budget}; allowed: above 0, or null")
 
 
 @dataclass
@@ -206,6 +213,8 @@ class Loss:
         interval_share: share of the proven weight that goes to intervals on the whole batch, in [0, 1]; the rest
             goes to `bound` on the k samples. A cheap bound on all and a tight one on a few is ours, not the paper's.
         tight_from: epochs before `bound` joins; until then the whole proven weight goes to intervals, which are cheap.
+        leaving: weight, in units of the proven term's, of the term by which side exits learn to leave provably where
+            their label is proven, and to stay silent where it is not; needs exits.thresholds. Ours.
         mixing: the weight of the proven term.
         attack: the attack of the attacked term.
         l1: weight of the sum of |parameter| of all weights.
@@ -218,6 +227,7 @@ class Loss:
     k: int | None = 1
     interval_share: float = 0.0
     tight_from: int = 0
+    leaving: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
     attack: Attack = field(default_factory=Attack)
     l1: float = 0.0
@@ -229,6 +239,7 @@ class Loss:
         _require(self.tight_from >= 0, f"loss.tight_from is {self.tight_from}; allowed: epochs >= 0")
         _require(self.clean is None or self.clean >= 0, f"loss.clean is {self.clean}; allowed: >= 0, or null")
         _require(self.attacked >= 0 and self.l1 >= 0, "loss.attacked and loss.l1 must be >= 0")
+        _require(self.leaving >= 0, f"loss.leaving is {self.leaving}; allowed: >= 0")
         _require(
             self.proven or self.attacked > 0 or self.clean is None or self.clean > 0,
             "the loss has no term; give loss.clean, loss.attacked or loss.proven",

@@ -314,7 +314,7 @@ def _write_last(
 ) -> None:
     """Weights and config, then results.json, which says that all is there; only then is the state let go."""
     if isinstance(net, MultiExit):
-        net.policy = run_exits.fit_policy(net, recipe.exits, parts.calibration)
+        net.policy = run_exits.fit_policy(net, recipe.exits, parts.calibration, recipe.ball.build())
     models.save(
         net,
         folder,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from swiftsure.certificates import certifying
+from swiftsure.ball import Ball
+from swiftsure.certificates import certifying, within_certified_macs
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, attach, calibrate
@@ -39,30 +40,35 @@ def with_exits(net: nn.Module, choice: Exits, input_shape: Sequence[int]) -> nn.
             Policy(choice.policy, choice.thresholds).require(exits)
         except InputError as error:
             raise InputError(f"exits: {error}") from None
-    if choice.macs is not None:
-        if not isinstance(net, MultiExit) or exits == 1:
-            raise InputError(
-                "exits.macs is a budget for several exits, and the network has one; allowed: null"
-            )
-        least = net.macs(input_shape)[0]
-        if choice.macs < least:
-            raise InputError(f"exits.macs is {choice.macs:,.0f}; the first exit alone costs {least:,}")
+    for name in ("macs", "certified_macs"):
+        budget = getattr(choice, name)
+        if budget is not None:
+            if not isinstance(net, MultiExit) or exits == 1:
+                raise InputError(
+                    f"exits.{name} is a budget for several exits, and the network has one; allowed: null"
+                )
+            least = net.macs(input_shape)[0]
+            if budget < least:
+                raise InputError(f"exits.{name} is {budget:,.0f}; the first exit alone costs {least:,}")
     return net
 
 
-def fit_policy(net: nn.Module, choice: Exits, images: ImageSet) -> Policy | None:
+def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> Policy | None:
     """The policy that a recipe asks for; None for one exit.
 
     Args:
         net: trained.
         choice: `exits` of the recipe.
         images: held out from training and from the choice of the epoch.
+        ball: the threat model, for a certified budget.
 
     Raises:
         InputError: thresholds of another number, or a budget below the first exit's cost.
     """
     if not isinstance(net, MultiExit) or net.exits == 1:
         return None
+    if choice.certified_macs is not None:
+        return within_certified_macs(net, images, ball, choice.certified_macs, choice.policy).policy
     if choice.thresholds is not None:
         policy = Policy(choice.policy, choice.thresholds)
         policy.require(net.exits)

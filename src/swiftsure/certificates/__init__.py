@@ -1,5 +1,6 @@
 """From bounds to verdicts: certificates of single samples, on disk, and computed again."""
 
+from swiftsure.certificates._budget import Promise, within_certified_macs
 from swiftsure.certificates._certify import METHODS, Certificate, certify, verified_accuracy
 from swiftsure.certificates._precision import certifying
 from swiftsure.certificates._recheck import Recheck, recheck
@@ -13,6 +14,7 @@ __all__ = [
     "SAFETY",
     "Certificate",
     "CertificateFile",
+    "Promise",
     "Recheck",
     "certify",
     "certifying",
@@ -20,5 +22,6 @@ __all__ = [
     "recheck",
     "rounding_slack",
     "verified_accuracy",
+    "within_certified_macs",
     "write",
 ]

@@ -196,7 +196,7 @@ def certify_by(
 
 
 class _Proof:
-    """What is known so far of each sample: boxes of logit differences at every exit, and what the walk makes of them."""
+    """What is known of each sample so far: boxes of logit differences at every exit, and what the walk makes of them."""
 
     def __init__(
         self, net: nn.Module, graph: Graph, images: Tensor, y: Tensor | None, policy: Policy
@@ -223,7 +223,7 @@ class _Proof:
         self.method = [UNPROVEN] * len(images)
 
     def undecided(self, name: str) -> Tensor:
-        """Which samples are worth a technique: those whose label it may prove, or, if it is cheap, bound the cost of."""
+        """Which samples are worth a technique: those whose label it may prove, or whose cost if it is cheap."""
         label = self.right & ~self.certified & ~self.broken
         # The image itself leaves by its exit: no proof can promise less.
         cost = self.max_exit > self.exit

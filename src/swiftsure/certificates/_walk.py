@@ -1,4 +1,4 @@
-"""The walk of a certificate over the exits of an adaptive network: which can fire, with which labels, and where it ends.
+"""The walk of a certificate over the exits of an adaptive network: which can fire, with what label, where it ends.
 
 Given bounds of the logit differences z_j - z_y of every exit over the whole ball, the exits are visited in order. An
 exit *cannot fire* if its score cannot pass its threshold anywhere in its box; then it asks for nothing. Where it can
@@ -117,16 +117,24 @@ def walk(boxes: Sequence[Box], y: Tensor, policy: Policy, delta: float, logits: 
     return Walk(margin, required, max_exit)
 
 
-def _second_look(low: Tensor, high: Tensor, rival: Tensor, ranges: _Range, limit: float) -> Tensor:
-    """Whether no point of a box at which the rival class is the largest lets the exit fire: (pairs,) bool.
+def rival_boxes(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The part of each box at which a rival class is the largest logit, and whether it is empty.
 
     There z_rival - z_y >= 0, and no other difference exceeds it, so none exceeds its upper end.
+
+    Args:
+        low, high: (pairs, classes) boxes of differences; rival: (pairs,) int64.
     """
     column = rival[:, None]
     highest = high.gather(1, column)
     low = low.scatter(1, column, low.gather(1, column).clamp_min(0))
     high = torch.minimum(high, highest)
-    harmless = (low > high).any(1)
+    return low, high, (low > high).any(1)
+
+
+def _second_look(low: Tensor, high: Tensor, rival: Tensor, ranges: _Range, limit: float) -> Tensor:
+    """Whether no point of a box at which the rival class is the largest lets the exit fire: (pairs,) bool."""
+    low, high, harmless = rival_boxes(low, high, rival)
     asked = (~harmless).nonzero()[:, 0]
     harmless[asked] = ranges.silent(low[asked], high[asked], limit)
     return harmless

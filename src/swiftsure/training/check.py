@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from swiftsure.attacks import misclassified
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
-from swiftsure.bounds import margins
+from swiftsure.certificates import FLOOR, certify, within_certified_macs
 from swiftsure.data import ImageSet
 from swiftsure.exits import MultiExit, Policy, all_logits, equal_share, within_macs
 from swiftsure.modes import evaluating
@@ -42,8 +42,8 @@ def check(
     With several exits clean and attacked are figures of the network as it would be deployed after this epoch: an image
     leaves by thresholds fitted, as the recipe says, on these same images. (Those that are deployed in the end come
     from the other half of the validation split. Two or six numbers fitted on thousands of images flatter little, and
-    all epochs alike.) Robust is who withstands the average form over exits and the defence's own form. Verified asks
-    of every exit that it be proven right, which no threshold can change.
+    all epochs alike.) Robust is who withstands the average form over exits and the defence's own form. Verified is
+    whose deployed answer is certified.
 
     A sample that is wrong, or that the attack breaks, costs no bound; with check_method auto, one that intervals prove
     costs no symbolic one.
@@ -60,9 +60,10 @@ def check(
     with evaluating(net), torch.no_grad():
         logits = all_logits(net, images)
         exits = len(logits)
-        judge = misclassified
+        judge, policy = misclassified, None
         if exits > 1:
-            judge = _deployed(net, logits, images, choice or Exits()).misclassified
+            policy = _deployed(net, logits, images, choice or Exits(), ball)
+            judge = policy.misclassified
         right = ~judge(tuple(logits), images.labels).to(device)
         count = min(schedule.check_images, len(images))
         survives = right[:count].clone()
@@ -78,33 +79,38 @@ def check(
                     survives[part] = ~judge(as_exits(net(attack(net, x, y, ball))), y)
         verified = None
         if loss.proven:
-            proven = _proven(net, images, ball, survives, schedule.check_method, device)
+            proven = _proven(net, images, ball, survives, schedule.check_method, policy, device)
             verified = proven.float().mean().item()
         attacked = survives.float().mean().item() if loss.proven or loss.attacked > 0 else None
         return Figures(right.float().mean().item(), attacked, verified)
 
 
-def _deployed(net: nn.Module, logits: list[Tensor], images: ImageSet, choice: Exits) -> Policy:
+def _deployed(net: nn.Module, logits: list[Tensor], images: ImageSet, choice: Exits, ball: Ball) -> Policy:
     """The policy that a recipe asks for, fitted on images whose logits are known."""
     if choice.thresholds is not None:
         return Policy(choice.policy, choice.thresholds)
+    if choice.certified_macs is not None and isinstance(net, MultiExit):
+        return within_certified_macs(net, images, ball, choice.certified_macs, choice.policy).policy
     if choice.macs is not None and isinstance(net, MultiExit):
         return within_macs(logits, images.labels, net.macs(images.shape), choice.macs, choice.policy)
     return equal_share(logits, choice.policy)
 
 
 def _proven(
-    net: nn.Module, images: ImageSet, ball: Ball, candidates: Tensor, method: str, device: torch.device
+    net: nn.Module,
+    images: ImageSet,
+    ball: Ball,
+    candidates: Tensor,
+    method: str,
+    policy: Policy | None,
+    device: torch.device,
 ) -> Tensor:
-    """Which of the candidates every exit is proven right on: (count,) bool."""
+    """Which of the candidates are proven right as they are deployed: (count,) bool."""
     proven = torch.zeros_like(candidates)
     for name in ("interval", "symbolic") if method == "auto" else (method,):
-        for part in (candidates & ~proven).nonzero()[:, 0].split(250 if name == "interval" else 25):
+        for part in (candidates & ~proven).nonzero()[:, 0].split(500):
             x, y = images.batch(part, device)
-            lower = margins(net, x, y, ball, name)
-            exits = (lower,) if isinstance(lower, Tensor) else lower
-            wrong = torch.ones_like(exits[0], dtype=torch.bool).scatter(1, y[:, None], False)
-            proven[part] = torch.stack([((low > 0) | ~wrong).all(1) for low in exits]).all(0)
+            proven[part] = certify(net, x, y, ball, policy, name, delta=FLOOR).certified
     return proven
 
 

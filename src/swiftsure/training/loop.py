@@ -19,11 +19,13 @@ from swiftsure.bounds import class_count, trace
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
+from swiftsure.exits import Policy
 from swiftsure.modes import evaluating
 from swiftsure.recipe import Exits, Loss, Optimizer, Schedule
 from swiftsure.training import state as states
 from swiftsure.training.adversary import adversary, check_form
 from swiftsure.training.check import check, chosen_epoch
+from swiftsure.training.leaving import Leaving
 from swiftsure.training.mixing import controller
 from swiftsure.training.progress import Meter
 from swiftsure.training.schedules import epochs_of, learning_rate, radius_share, steps_of
@@ -99,6 +101,7 @@ def fit(
     if batches.shape is not None and batches.shape != held_out.shape:
         raise InputError(f"training images have shape {batches.shape}, validation images {held_out.shape}")
 
+    leaving = _leaving(loss, exits, count)
     half = loss.attacked > 0 and loss.attack.precision != "float32"
     if half:
         # The layout in which half precision is fast; the arithmetic is the same but for the order of sums.
@@ -143,7 +146,7 @@ def fit(
                 proven = not gated or bool(torch.rand((), generator=draws) < loss.mixing.gate)
                 value = three_term_loss(
                     net, x, y, here, mix, weight if proven else 0.0,
-                    attack=make_adversarial, generator=draws,
+                    attack=make_adversarial, leaving=leaving, generator=draws,
                 )  # fmt: skip
                 descent.param_groups[0]["lr"] = learning_rate(optimizer, schedule, epoch, step, batches.steps)
                 descent.zero_grad()
@@ -191,6 +194,16 @@ def fit(
     net.eval()
     best = chosen_epoch(done.records, loss, schedule)
     return History(done.records, best, sum(record["seconds"] for record in done.records))
+
+
+def _leaving(loss: Loss, exits: Exits | None, count: int) -> Leaving | None:
+    """The thresholds that side exits are trained towards; None where the recipe asks for no such term."""
+    if not loss.proven or loss.leaving == 0 or count == 1:
+        return None
+    if exits is None or exits.thresholds is None:
+        raise InputError("loss.leaving needs exits.thresholds, which side exits are trained towards")
+    Policy(exits.policy, exits.thresholds).require(count)
+    return Leaving(loss.leaving, exits.policy, exits.thresholds)
 
 
 def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.device) -> tuple[int, int]:

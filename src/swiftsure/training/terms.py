@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swiftsure.ball import Ball
-from swiftsure.bounds import TECHNIQUES, Region, class_count, lower_margins, technique, trace
+from swiftsure.bounds import TECHNIQUES, Region, class_count, difference_bounds, technique, trace
 from swiftsure.bounds.graph import Graph
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 from swiftsure.recipe import Loss
+from swiftsure.training.leaving import Leaving, leaving_loss
 from swiftsure.training.statistics import BatchStatistics
 
 AttackOnBatch = Callable[[nn.Module, Tensor, Tensor, Ball], Tensor]
@@ -25,7 +26,9 @@ def classification_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tenso
     return torch.stack([F.cross_entropy(exit_, y) for exit_ in exits]).sum()
 
 
-def worst_case_loss(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str) -> Tensor:
+def worst_case_loss(
+    net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str, leaving: Leaving | None = None
+) -> Tensor:
     """Cross-entropy of the worst case over the ball: of minus the lower bounds of the margins, summed over exits.
 
     It bounds the cross-entropy at every point of the ball from above (Wong and Kolter 2018, theorem 2).
@@ -35,11 +38,15 @@ def worst_case_loss(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: st
         x: images (batch, channels, height, width); y: labels (batch,).
         ball: the threat model.
         method: a bound technique, or "best" for the tighter of interval and symbolic at each margin.
+        leaving: thresholds of side exits, for the term by which they learn to leave or stay provably; None: without.
     """
     graph = trace(net, x)
     bound = best if method == "best" else technique(method)
-    lower = lower_margins(bound, graph, Region(x, ball), y)
-    return torch.stack([F.cross_entropy(-low, y) for low in lower]).sum()
+    found = difference_bounds(bound, graph, Region(x, ball), y, upper=leaving is not None)
+    parts = [F.cross_entropy(-low, y) for low, _ in found]
+    if leaving is not None:
+        parts.append(leaving.weight * leaving_loss(found, y, leaving))
+    return torch.stack(parts).sum()
 
 
 def best(
@@ -69,6 +76,7 @@ def three_term_loss(
     weight: float,
     *,
     attack: AttackOnBatch | None = None,
+    leaving: Leaving | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """clean * CE(x) + attacked * CE(x_adv) + weight * CE(worst case of k samples): the loss of one batch, a scalar.
@@ -83,6 +91,7 @@ def three_term_loss(
         loss: the weights of the terms.
         weight: of the proven term, from a mixing controller.
         attack: makes x_adv from (net, x, y, ball).
+        leaving: as of `worst_case_loss`.
         generator: source of the k samples.
     """
     bounded = weight if loss.proven else 0.0
@@ -107,10 +116,11 @@ def three_term_loss(
                 parts.append(attacked * classification_loss(net(x_adv), y))
             if bounded > 0 and loss.interval_share < 1:
                 chosen = draw(len(x), loss.k, generator)
-                tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound)
+                tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound, leaving)
                 parts.append(bounded * (1 - loss.interval_share) * tight)
             if bounded > 0 and loss.interval_share > 0:
-                parts.append(bounded * loss.interval_share * worst_case_loss(net, x, y, ball, "interval"))
+                cheap = worst_case_loss(net, x, y, ball, "interval", leaving)
+                parts.append(bounded * loss.interval_share * cheap)
     total = torch.stack(parts).sum()
     if loss.l1 > 0:
         total = total + loss.l1 * sum(p.abs().sum() for p in net.parameters() if p.dim() > 1)
