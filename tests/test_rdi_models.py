@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import swiftsure as ss
+from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, exit_macs, paper_macs, parameters, static_macs
+from swiftsure.models.rdi import channel_options
 
 PARAMETERS = {"rdi_smallcnn": 836_846, "rdi_resnet38": 692_310}
 IN_BRANCHES = {"rdi_resnet38": 128_188}
@@ -84,6 +86,51 @@ def test_the_static_version_is_the_trunk_alone(name: str) -> None:
     x = torch.rand(3, *net.config["input_shape"])
     with torch.no_grad():
         assert torch.equal(static.eval()(x), net.eval()(x)[-1])
+
+
+FEWER = {
+    "rdi_smallcnn": {"widths": [3, 4, 5, 6, 7, 8]},
+    "rdi_resnet38": {"widths": [3, 4, 5], "inside": list(range(2, 20))},
+    # In the third and fourth entry what a block reads and returns are alike, and it projects all the same.
+    "rdi_mobilenetv2": {"widths": [3, 2, 4, 4, 5, 5, 6, 7, 9], "inside": list(range(2, 19))},
+}
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_networks_of_other_widths_are_built_by_their_options(name: str) -> None:
+    for full in (name, f"{name}_static"):
+        plain, narrow = build(full), ss.models.build(full, **FEWER[name])
+        assert channel_options(narrow) == FEWER[name]
+        again = ss.models.build(full, **channel_options(plain))
+        shapes = [
+            {key: value.shape for key, value in net.state_dict().items()} for net in (plain, again, narrow)
+        ]
+        assert shapes[0] == shapes[1]
+        assert shapes[0].keys() == shapes[2].keys()
+        assert parameters(narrow) < parameters(plain)
+        with torch.no_grad():
+            logits = narrow.eval()(torch.rand(2, *narrow.config["input_shape"]))
+        assert all(z.shape == (2, 10) for z in ([logits] if isinstance(logits, torch.Tensor) else logits))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        (
+            "rdi_smallcnn",
+            {"widths": [3, 4]},
+            "widths is [3, 4]; allowed: 6 numbers of channels, each 1 or more",
+        ),
+        ("rdi_resnet38", {"widths": [3, 0, 4]}, "widths is [3, 0, 4]; allowed: 3 numbers"),
+        ("rdi_resnet38", {"inside": [3]}, "inside is [3]; allowed: 18 numbers"),
+        ("rdi_mobilenetv2", {"inside": [2.5] * 17}, "allowed: 17 numbers"),
+        ("rdi_mobilenetv2", {"widths": 5}, "cannot be built"),
+    ],
+)
+def test_widths_that_cannot_be(name: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ss.models.build(name, **options)
+    assert words in str(caught.value)
 
 
 def test_layers_of_the_small_network() -> None:
