@@ -19,6 +19,7 @@ from swiftsure.attacks import (
     margin,
     max_average,
     misclassified,
+    one_by_one,
     pgd,
     random_mix,
     single,
@@ -26,9 +27,10 @@ from swiftsure.attacks import (
     targeted_margin,
     weighted,
 )
-from swiftsure.attacks.slowdown import log_entropy
+from swiftsure.attacks.gates import log_entropy
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
+from swiftsure.exits import Policy
 
 Z = torch.tensor([[2.0, -1.0, 0.5, 1.0, -3.0], [0.0, 3.0, 1.0, 2.0, 2.5]])
 Y = torch.tensor([0, 0])
@@ -145,20 +147,46 @@ def test_slowdown_losses_by_hand():
     torch.testing.assert_close(deepsloth(logits, Y), -wanted)
     entropies = [torch.distributions.Categorical(logits=z).entropy() for z in logits]
     thresholds = [entropies[0][0].item() * 2, entropies[1].min().item() * 0.5]
-    loss = above_thresholds(thresholds, slack=0.1)(logits, Y)
+    policy = Policy("entropy", thresholds)
+    loss = above_thresholds(policy, slack=0.1)(logits, Y)
     # The second exit is silent by more than the slack; the first is at half its threshold on row 1.
-    wanted = (entropies[0] / thresholds[0]).log() - 0.1
-    torch.testing.assert_close(loss, wanted.clamp_max(0))
-    assert delayed(thresholds)(logits, Y).tolist() == [False, bool(entropies[0][1] >= thresholds[0])]
+    wanted = (entropies[0] / thresholds[0]).log().clamp_max(0.1) + 0.1
+    torch.testing.assert_close(loss, wanted)
+    assert delayed(policy)(logits, Y).tolist() == [False, bool(entropies[0][1] >= thresholds[0])]
     assert (deepsloth((Z,), Y) == 0).all()
-    assert (above_thresholds([])((Z,), Y) == 0).all()
-    assert delayed([])((Z,), Y).all()
-    # A threshold of 0 never fires, so there is nothing to push.
-    assert (above_thresholds([0.0, 0.0])(logits, Y) == 0).all()
+    one, closed = Policy("entropy", []), Policy("entropy", [0.0, 0.0])
+    for objective in (above_thresholds, one_by_one):
+        assert (objective(one)((Z,), Y) == 0).all()
+        # A threshold of 0 never fires, so there is nothing to push: all that can be had is had.
+        z = tuple(one.clone().requires_grad_() for one in logits)
+        total = objective(closed)(z, Y)
+        assert not total.requires_grad
+        assert (total[0] == total).all()
+    assert delayed(one)((Z,), Y).all()
+    assert delayed(closed)(logits, Y).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "thresholds"), [("entropy", [0.9, 0.7, 0.4]), ("confidence", [0.5, 0.6, 0.8])]
+)
+def test_one_by_one_grows_with_the_exit(rule, thresholds):
+    """Whatever the logits: a sample that leaves later has the larger value, and a gradient at the exit it leaves by."""
+    policy = Policy(rule, thresholds)
+    logits = tuple(
+        (torch.randn(400, 5, generator=generator(seed)) * 1.5).requires_grad_() for seed in range(4)
+    )
+    value, exit = one_by_one(policy, slack=1e-3)(logits, torch.zeros(400)), policy.exit_of(logits)
+    assert exit.bincount(minlength=4).min() >= 10
+    for number in range(3):
+        assert value[exit == number].max() < value[exit == number + 1].min() + 4e-3
+    grads = torch.autograd.grad(value.sum(), logits[:3])
+    for number, grad in enumerate(grads):
+        assert (grad[exit == number] != 0).any(1).all()
+        assert (grad[exit < number] == 0).all()
 
 
 @pytest.mark.parametrize(("scale", "threshold"), [(8.0, 1.0), (800.0, 1e-3)])
-@pytest.mark.parametrize("kind", ["deepsloth", "above_thresholds"])
+@pytest.mark.parametrize("kind", ["deepsloth", "above_thresholds", "one_by_one"])
 def test_slowdown_silences_a_side_exit(kind, scale, threshold):
     """Also one that is so sure that its entropy, and so the entropy's gradient, is 0 in float32."""
 
@@ -172,8 +200,13 @@ def test_slowdown_silences_a_side_exit(kind, scale, threshold):
             return scale * early, late
 
     net, x, y = Scaled(), images(0, 30, 1, 4, 4), torch.zeros(30, dtype=torch.long)
-    objective = deepsloth if kind == "deepsloth" else above_thresholds([threshold])
-    judge, report = delayed([threshold]), GradientReport()
+    policy = Policy("entropy", [threshold])
+    objectives = {
+        "deepsloth": deepsloth,
+        "above_thresholds": above_thresholds(policy),
+        "one_by_one": one_by_one(policy),
+    }
+    objective, judge, report = objectives[kind], delayed(policy), GradientReport()
     before = judge(net(x), y)
     x_adv = apgd(
         net, x, y, Ball(0.25), objective=objective, judge=judge, generator=generator(), report=report
@@ -189,11 +222,11 @@ def test_slowdown_silences_a_side_exit(kind, scale, threshold):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: above_thresholds([-1.0]), "a threshold is -1.0"),
-        (lambda: delayed([math.nan]), "a threshold is nan"),
-        (lambda: above_thresholds([0.5], slack=0), "slack is 0"),
-        (lambda: above_thresholds([0.5])((Z, Z, Z), Y), "1 thresholds for 2 side exits"),
-        (lambda: delayed([0.5, 0.5])((Z, Z), Y), "2 thresholds for 1 side exits"),
+        (lambda: above_thresholds(Policy("entropy", [0.5]), slack=0), "slack is 0"),
+        (lambda: one_by_one(Policy("entropy", [0.5]), slack=math.nan), "slack is nan"),
+        (lambda: above_thresholds(Policy("entropy", [0.5]))((Z, Z, Z), Y), "1 thresholds for 3 exits"),
+        (lambda: one_by_one(Policy("entropy", [0.5]))((Z, Z, Z), Y), "1 thresholds for 3 exits"),
+        (lambda: delayed(Policy("entropy", [0.5, 0.5]))((Z, Z), Y), "2 thresholds for 2 exits"),
     ],
 )
 def test_bad_thresholds(call, message):

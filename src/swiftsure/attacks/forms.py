@@ -1,22 +1,25 @@
-"""Suites for networks with several exits: RDI-Nets' attack forms (Hu et al. 2020)."""
+"""Suites for networks with several exits: RDI-Nets' attack forms (Hu et al. 2020), and attacks on what is deployed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks._apgd import apgd
+from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
 from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import GradientReport
 from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks._square import square
 from swiftsure.attacks._wrm import wrm
-from swiftsure.attacks.objectives import Objective, average, random_mix
+from swiftsure.attacks.gates import deployed, force_gates
+from swiftsure.attacks.objectives import Objective, average, margin, never, random_mix, targeted_dlr
 from swiftsure.attacks.suite import SUITES, Attack
 from swiftsure.ball import Ball
+from swiftsure.exits.policies import Policy
 
 SUITE_NAMES = (*SUITES, "rdi")
 """What an evaluation may ask for. rdi: fgsm, pgd and wrm in every form, with the paper's steps."""
@@ -24,22 +27,74 @@ SUITE_NAMES = (*SUITES, "rdi")
 _MIX_SEED = 0
 
 
-def attacks_for(suite: str, exits: int, channels: int = 1) -> dict[str, Attack]:
+def attacks_for(
+    suite: str,
+    exits: int,
+    channels: int = 1,
+    policy: Policy | None = None,
+    sources: Mapping[str, nn.Module] | None = None,
+) -> dict[str, Attack]:
     """The attacks of a suite on a network of K exits, by name.
 
     With several exits an attack on the last one says little of what leaves earlier. So "quick" has the average and the
-    max-average form of PGD as well, "standard" and "full" all forms and an average by apgd.
+    max-average form of PGD as well, "standard" and "full" all forms and an average by apgd. With a policy those three
+    attack what is deployed too: the exit that answers, and, in "standard" and "full", each gate in turn; apgd-t and
+    square, which would read the last exit, then read the exit that answers.
 
     Args:
         suite: one of `SUITE_NAMES`.
         exits: K.
         channels: of the images. "rdi" takes the paper's settings: of MNIST (40 steps of eps / 30) for one channel, of
             CIFAR-10 (20 steps of eps / 4) for more.
+        policy: by which inputs leave; None where that is not known.
+        sources: other networks for the same images, such as the static twin, by name: what `transferred` finds on
+            them is tried on this one.
 
     Returns:
         Entries for `run_suite`. Forms are named <method>_<form>: main (the last exit), exit1 to exit<K - 1>, average,
-        max_average, and mix (a random mix of the exits' losses, drawn once).
+        max_average, mix (a random mix of the exits' losses, drawn once), deployed (the exit that answers), gates; and
+        transfer_<source>.
     """
+    attacks = _of_the_suite(suite, exits, channels)
+    if policy is not None and exits > 1 and suite != "rdi":
+        attacks = _as_deployed(attacks, policy, gates=suite != "quick")
+    return attacks | {
+        f"transfer_{name}": partial(transferred, source=source) for name, source in (sources or {}).items()
+    }
+
+
+def transferred(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    *,
+    source: nn.Module,
+    steps: int = 100,
+    generator: torch.Generator | None = None,
+    **_: object,
+) -> Tensor:
+    """What APGD finds on another network: nothing is asked of this one, so nothing of it can mislead.
+
+    The mean loss of the source's exits is ascended to the end: an image that only just fools the source fools few
+    others.
+
+    Args:
+        net: takes no part.
+        x, y, ball, steps, generator: as of `apgd`.
+        source: another network for the same images and classes.
+
+    Returns, raises: as `apgd`.
+    """
+    x = x.to(next((parameter.device for parameter in source.parameters()), x.device))
+    found = apgd(
+        source, x, y.to(x.device), ball, objective=average(), judge=never, steps=steps, generator=generator
+    )
+    return found.to(y.device)
+
+
+def _of_the_suite(suite: str, exits: int, channels: int) -> dict[str, Attack]:
+    """Without a policy."""
     if suite == "rdi":
         steps, share = (40, 1 / 30) if channels == 1 else (20, 1 / 4)
         paper = partial(_stepping, steps=steps, share=share)
@@ -56,6 +111,20 @@ def attacks_for(suite: str, exits: int, channels: int = 1) -> dict[str, Attack]:
         if suite != "quick":
             attacks["apgd_average"] = partial(apgd, objective=average())
     return attacks
+
+
+def _as_deployed(attacks: Mapping[str, Attack], policy: Policy, gates: bool) -> dict[str, Attack]:
+    """With the exit that answers where there was the last one alone, and with gates."""
+    if not gates:
+        return {**attacks, "pgd40_deployed": partial(pgd, steps=40, objective=deployed(policy))}
+    kept = {name: attack for name, attack in attacks.items() if name not in ("apgd_t", "square5000")}
+    return {
+        **kept,
+        "apgd_deployed": partial(apgd, objective=deployed(policy)),
+        "apgd_t_deployed": partial(apgd_targeted, objective=deployed(policy, targeted_dlr)),
+        "apgd_gates": partial(force_gates, policy=policy),
+        "square5000_deployed": partial(square, steps=5000, objective=deployed(policy, margin)),
+    }
 
 
 def _forms(name: str, method: Callable[..., Tensor], exits: int, every: bool = False) -> dict[str, Attack]:

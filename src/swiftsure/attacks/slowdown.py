@@ -2,20 +2,19 @@
 
 They read all exits but the last, take labels like any objective and ignore them, and go with the judge `never`, or
 with `delayed` where samples that cannot be slowed down further may rest. How much an attack achieved is told by the
-multiply-adds that it forces, not by these losses.
+multiply-adds that it forces (`run_slowdown`), not by these losses.
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swiftsure.attacks.gates import SLACK, silence
 from swiftsure.attacks.objectives import Judge, Logits, Objective
 from swiftsure.errors import InputError
+from swiftsure.exits.policies import Policy
 
 
 def deepsloth(logits: Logits, y: Tensor) -> Tensor:
@@ -28,79 +27,68 @@ def deepsloth(logits: Logits, y: Tensor) -> Tensor:
     return torch.stack(parts).sum(0) if parts else logits[-1].new_zeros(len(y))
 
 
-def above_thresholds(thresholds: Sequence[float], slack: float = 0.05) -> Objective:
-    """Push each side exit's entropy just above its own threshold, and no further.
+def above_thresholds(policy: Policy, slack: float = SLACK) -> Objective:
+    """Push each side exit's score just beyond its own threshold, and no further.
 
-    The sum over side exits of min(ln H_i - ln T_i, slack): an exit that is silent by more than the slack asks for
-    nothing, so the ball is spent on the others. Logarithms, because the entropy of an exit that is very sure, and
-    with it the entropy's gradient, underflows; their ratio does not.
+    The sum over side exits of min(silence, slack), for the entropy rule min(ln H_i - ln T_i, slack): an exit that is
+    silent by more than the slack asks for nothing, so the ball is spent on the others. Logarithms, because the entropy
+    of an exit that is very sure, and with it the entropy's gradient, underflows; their ratio does not.
 
     Args:
-        thresholds: T_i of each exit but the last, nats; exit i fires where H_i < T_i. One of 0 never fires.
-        slack: how far above a threshold is far enough, as a logarithm: 0.05 is 5%.
+        policy: the rule and its thresholds.
+        slack: how far beyond a threshold is far enough, as a logarithm: 0.05 is 5%.
 
     Raises:
-        InputError: a threshold that is negative or not finite, or a slack that is not positive; when called on
-            logits of another number of side exits.
+        InputError: a slack that is not positive; when called on logits of another number of exits.
     """
-    _check(thresholds)
     if not slack > 0:
         raise InputError(f"slack is {slack}; allowed: a number > 0")
 
     def loss(logits: Logits, y: Tensor) -> Tensor:
+        policy.require(len(logits))
         total = logits[-1].new_zeros(len(y))
-        for z, threshold in zip(_side_exits(logits, thresholds), thresholds, strict=True):
-            if threshold > 0:
-                goal = math.log(threshold) + slack
-                total = total + (log_entropy(z) - goal).clamp_max(0)
+        for exit, z in enumerate(logits[:-1]):
+            total = total + silence(policy, exit, z).clamp_max(slack)
         return total
 
     return loss
 
 
-def delayed(thresholds: Sequence[float]) -> Judge:
-    """The judge of a slowdown: (B,) bool, whether every side exit is silent, H_i >= T_i.
+def one_by_one(policy: Policy, slack: float = SLACK) -> Objective:
+    """Silence the first exit that fires, then the next: (B,), larger the later a sample leaves.
 
-    Args and errors as of `above_thresholds`.
+    The number of exits passed, plus a share of 1 that grows as the exit where the sample leaves nears its threshold.
+    `above_thresholds` may trade an early exit for a late one, which forces nothing; this cannot. Exits passed by less
+    than the slack keep a small part of the gradient, so that they stay silent. Ours.
+
+    Args, errors: as `above_thresholds`.
     """
-    _check(thresholds)
+    if not slack > 0:
+        raise InputError(f"slack is {slack}; allowed: a number > 0")
+
+    def loss(logits: Logits, y: Tensor) -> Tensor:
+        policy.require(len(logits))
+        total, inside = logits[-1].new_zeros(len(y)), torch.ones_like(y, dtype=torch.bool)
+        for exit, z in enumerate(logits[:-1]):
+            far = silence(policy, exit, z)
+            passed = inside & (far > 0)
+            near = 1 / (1 - far.clamp_max(0))
+            total = total + torch.where(inside & ~passed, near, 0.0)
+            total = total + torch.where(passed, 1 + (far.clamp_max(slack) - slack), 0.0)
+            inside = passed
+        return total
+
+    return loss
+
+
+def delayed(policy: Policy) -> Judge:
+    """The judge of a slowdown: (B,) bool, whether every side exit is silent.
+
+    Raises:
+        InputError: when called on logits of another number of exits.
+    """
 
     def silent(logits: Logits, y: Tensor) -> Tensor:
-        all_silent = torch.ones(len(y), dtype=torch.bool, device=y.device)
-        for z, threshold in zip(_side_exits(logits, thresholds), thresholds, strict=True):
-            p = F.log_softmax(z.double(), dim=1)
-            all_silent &= -(p.exp() * p).sum(1) >= threshold
-        return all_silent
+        return policy.exit_of(logits) == policy.exits - 1
 
     return silent
-
-
-def log_entropy(z: Tensor) -> Tensor:
-    """The logarithm of the softmax entropy of logits (B, classes): (B,).
-
-    Exact where the entropy itself is below the least float: with a the log-odds of all other classes against the
-    largest, H = p_top softplus(a) + sum over the others of p_j (-ln p_j), and each term's logarithm is in range.
-    """
-    top = z.detach().argmax(1, keepdim=True)
-    log_p = F.log_softmax(z, dim=1)
-    rest = z.scatter(1, top, -torch.inf).logsumexp(1)
-    odds = rest - z.gather(1, top).squeeze(1)
-    # ln softplus(a) is a - e^a / 2 + ... for small e^a; the other branch is kept finite where it is not taken.
-    usual = F.softplus(odds.clamp_min(-15)).log()
-    own = log_p.gather(1, top).squeeze(1) + torch.where(odds < -15, odds, usual)
-    others = log_p + (-log_p).clamp_min(1e-30).log()
-    return torch.cat([others.scatter(1, top, -torch.inf), own[:, None]], 1).logsumexp(1)
-
-
-def _check(thresholds: Sequence[float]) -> None:
-    for threshold in thresholds:
-        if not 0 <= threshold < float("inf"):
-            raise InputError(f"a threshold is {threshold}; allowed: a finite entropy >= 0, in nats")
-
-
-def _side_exits(logits: Logits, thresholds: Sequence[float]) -> Logits:
-    if len(logits) - 1 != len(thresholds):
-        raise InputError(
-            f"{len(thresholds)} thresholds for {len(logits) - 1} side exits; allowed: one for each but the last exit"
-        )
-    return logits[:-1]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._apgd import apgd, apgd_targeted
+from swiftsure.attacks._eight_bits import eight_bits
 from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import GradientReport, assert_inside, checked_inputs
 from swiftsure.attacks._interval import interval_attack
@@ -20,6 +21,7 @@ from swiftsure.attacks._square import square
 from swiftsure.attacks.objectives import Judge, as_exits, dlr, margin, misclassified
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
+from swiftsure.exits.multi_exit import Answer
 from swiftsure.modes import evaluating
 
 # An entry of a suite: (net, x, y, ball, *, judge, generator, report) -> adversarial images shaped like x.
@@ -38,7 +40,7 @@ _STANDARD: dict[str, Attack] = {
     **_QUICK,
     "apgd_ce": apgd,
     "apgd_t": apgd_targeted,
-    "square1000": partial(square, steps=1000),
+    "square5000": partial(square, steps=5000),
 }
 # Names are part of results.json and samples.csv: the method, its steps where they are not AutoAttack's, x<restarts>,
 # and the objective where there is a choice.
@@ -53,21 +55,20 @@ SUITES: dict[str, dict[str, Attack]] = {
         "apgd_dlrx5": partial(apgd, restarts=5, objective=dlr),
         "apgd_marginx5": partial(apgd, restarts=5, objective=margin),
         "interval40x5": partial(interval_attack, steps=40, restarts=5),
-        "square5000": partial(square, steps=5000),
     },
 }
 """The attacks of each suite, all on all samples that are right without attack: the figure of each is its own.
 
-standard: AutoAttack's apgd-ce (100 steps) and apgd-t (100 steps towards each of nine classes), square at 1,000
-queries, and two plain gradient attacks. Its fab-t is not here, as it never broke a sample that the others left on the
-networks that we tried (benchmarks/compare_attacks.py). full: square at AutoAttack's 5,000 queries, many restarts, and
-the interval attack where bounds can read the network.
+standard: AutoAttack's apgd-ce (100 steps), apgd-t (100 steps towards each of nine classes) and square (5,000 queries),
+and two plain gradient attacks. Its fab-t is not here, as it never broke a sample that the others left on the networks
+that we tried (benchmarks/compare_attacks.py). full: many restarts and other losses, and the interval attack where
+bounds can read the network.
 """
 
 
 @dataclass
 class SuiteResult:
-    """What a suite found on n samples.
+    """What a suite found on n samples; all tensors on the CPU.
 
     Attributes:
         suite: its name.
@@ -75,10 +76,13 @@ class SuiteResult:
         misclassified: (n,) bool, wrong without any attack; these count as broken by every attack, as x itself
             lies in the ball, and are not attacked.
         broken: per attack name, (n,) bool.
+        broken_8bit: per attack name, (n,) bool: whether the attack's image breaks the sample once its pixels are
+            rounded to multiples of 1/255. Such an image lies in the ball, so `broken` holds these as well.
         worst: (n, C, H, W), the most harmful image found per sample: a broken one before any other, then the
-            largest margin of a wrong class at the last exit; x itself where nothing was worse.
+            largest margin of a wrong class at the exit that answers; x itself where nothing was worse.
         seconds: per attack name, wall-clock time on all samples, checks included.
         gradients: per attack name, what its gradients were worth.
+        macs: per attack name, the mean multiply-adds of its images; empty where `run_suite` knew no costs.
         skipped: per attack name, why it could not be run on this network; such an attack has no other entry.
     """
 
@@ -87,8 +91,10 @@ class SuiteResult:
     misclassified: Tensor
     worst: Tensor
     broken: dict[str, Tensor] = field(default_factory=dict)
+    broken_8bit: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, GradientReport] = field(default_factory=dict)
+    macs: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -102,10 +108,23 @@ class SuiteResult:
         return torch.stack([self.misclassified, *self.broken.values()]).any(0)
 
     @property
+    def union_8bit(self) -> Tensor:
+        """Whether any attack broke each sample with an image of 8 bits: (n,) bool."""
+        return torch.stack([self.misclassified, *self.broken_8bit.values()]).any(0)
+
+    @property
     def accuracy(self) -> dict[str, float]:
         """Robust accuracy per attack name and for their "union", fractions of n."""
-        survived = {name: ~flags for name, flags in self.broken.items()} | {"union": ~self.union}
-        return {name: float(flags.double().mean()) for name, flags in survived.items()}
+        return _left({**self.broken, "union": self.union})
+
+    @property
+    def accuracy_8bit(self) -> dict[str, float]:
+        """The same against images of 8 bits."""
+        return _left({**self.broken_8bit, "union": self.union_8bit})
+
+
+def _left(broken: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float((~flags).double().mean()) for name, flags in broken.items()}
 
 
 def run_suite(
@@ -118,14 +137,16 @@ def run_suite(
     batch: int = 500,
     seed: int = 0,
     judge: Judge = misclassified,
+    answer: Callable[[Tensor], Answer] | None = None,
     attacks: Mapping[str, Attack] | None = None,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Attack all samples with every attack of a suite.
 
     A sample counts as broken only by a fresh forward pass over the finished image in evaluation mode, and every
-    finished image must lie in the ball and the pixel range. Each attack draws from generators of its own,
-    seeded by `seed`, its name and the batch: what it finds does not depend on the suite's other attacks.
+    finished image must lie in the ball and the pixel range. Then its pixels are rounded to 8 bits, as a file would
+    hold it, and it is judged once more. Each attack draws from generators of its own, seeded by `seed`, its name and
+    the batch: what it finds does not depend on the suite's other attacks.
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; its modes are left as found.
@@ -136,6 +157,8 @@ def run_suite(
         batch: how many samples are attacked at a time.
         seed: of all random starts.
         judge: what counts as broken, (tuple of logits, y) -> (B,) bool; by default the last exit's label.
+        answer: the network as it is deployed, such as ``net.adaptive``: its labels then decide in the fresh pass, and
+            its costs are noted. None: the judge decides on the logits of all exits.
         attacks: by name, in place of those of `SUITES`; `suite` is then what the result is called.
         progress: called after each batch with (attack name, samples done, n).
 
@@ -154,20 +177,22 @@ def run_suite(
     device = next((parameter.device for parameter in net.parameters()), x.device)
     starts = range(0, len(x), batch)
 
-    def verdict(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One fresh forward pass: (broken, margin of the worst wrong class at the last exit)."""
+    def verdict(images: Tensor, labels: Tensor) -> _Verdict:
+        """One fresh forward pass."""
         with evaluating(net), torch.no_grad():
+            if answer is not None:
+                return _Verdict.of(answer(images), labels)
             logits = as_exits(net(images))
-            return judge(logits, labels), margin(logits, labels)
+            return _Verdict(judge(logits, labels).cpu(), margin(logits, labels).cpu())
 
     before = [verdict(x[i : i + batch].to(device), y[i : i + batch].to(device)) for i in starts]
-    wrong = torch.cat([broken for broken, _ in before]).cpu()
-    reached = torch.cat([value for _, value in before]).cpu()
+    wrong = torch.cat([part.broken for part in before])
+    clean_macs = torch.cat([part.macs for part in before if part.macs is not None] or [torch.empty(0)])
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
-    worst_is_broken = wrong.clone()
+    worst = _Worst(result.worst, wrong.clone(), torch.cat([part.margin for part in before]))
     for name, attack in attacks.items():
         began = time.perf_counter()
-        flags, report = wrong.clone(), GradientReport()
+        report, broken, broken_8bit, macs = GradientReport(), wrong.clone(), wrong.clone(), clean_macs.clone()
         for start in starts:
             index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
             if len(index):
@@ -179,21 +204,62 @@ def run_suite(
                     # Images and ball were checked: what is left is a network that this attack cannot read.
                     result.skipped[name] = str(error)
                     break
-                assert_inside(x_adv, clean, ball)
-                broken, value = (found.cpu() for found in verdict(x_adv, labels))
-                flags[index] = broken
-                worse = (broken & ~worst_is_broken[index]) | (
-                    (broken == worst_is_broken[index]) & (value > reached[index])
-                )
-                result.worst[index[worse]] = x_adv.cpu()[worse]
-                reached[index[worse]] = value[worse]
-                worst_is_broken[index] |= broken
+                found = verdict(assert_inside(x_adv, clean, ball), labels)
+                rounded, inside = eight_bits(x_adv, clean, ball)
+                found_8bit = verdict(rounded, labels)
+                found_8bit.broken &= inside.cpu()
+                broken[index], broken_8bit[index] = found.broken | found_8bit.broken, found_8bit.broken
+                if found.macs is not None:
+                    macs[index] = found.macs
+                worst.offer(index, x_adv.cpu(), found)
+                # An image that was rounded out of the ball is no image of it, however wrong.
+                worst.offer(index[inside.cpu()], rounded[inside].cpu(), found_8bit.where(inside.cpu()))
             if progress is not None:
                 progress(name, min(start + batch, len(x)), len(x))
         if name in result.skipped:
             if progress is not None:
                 progress(name, len(x), len(x))
             continue
-        result.broken[name], result.gradients[name] = flags, report
+        result.broken[name], result.broken_8bit[name], result.gradients[name] = broken, broken_8bit, report
+        if len(macs):
+            result.macs[name] = macs.double().mean().item()
         result.seconds[name] = time.perf_counter() - began
     return result
+
+
+@dataclass
+class _Verdict:
+    """What a fresh pass says of some images; on the CPU."""
+
+    broken: Tensor
+    """(B,) bool."""
+    margin: Tensor
+    """(B,), of the worst wrong class."""
+    macs: Tensor | None = None
+    """(B,), multiply-adds, where they are known."""
+
+    @classmethod
+    def of(cls, answer: Answer, labels: Tensor) -> _Verdict:
+        """A wrong label breaks a sample; an answer with a NaN is no answer."""
+        broken = (answer.label != labels) | answer.logits.isnan().any(1)
+        return cls(broken.cpu(), margin((answer.logits,), labels).cpu(), answer.macs.cpu())
+
+    def where(self, some: Tensor) -> _Verdict:
+        """Of some of the images, (B,) bool."""
+        return _Verdict(self.broken[some], self.margin[some])
+
+
+@dataclass
+class _Worst:
+    """The most harmful image of each sample so far: images (n, C, H, W), whether broken, and its margin."""
+
+    images: Tensor
+    broken: Tensor
+    margin: Tensor
+
+    def offer(self, index: Tensor, images: Tensor, found: _Verdict) -> None:
+        """Keep those of some samples' images that are worse than what is there."""
+        there, margin = self.broken[index], self.margin[index]
+        worse = (found.broken & ~there) | ((found.broken == there) & (found.margin > margin))
+        self.images[index[worse]], self.margin[index[worse]] = images[worse], found.margin[worse]
+        self.broken[index] |= found.broken
