@@ -71,7 +71,7 @@ def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -
     worst = subject.answers(found.worst)
     parts = [
         _attack_parts(subject, found, clean),
-        usage.parts(subject, answers, worst, usage.slowed(subject, answers)),
+        usage.parts(subject, answers, worst, usage.slowed(subject)),
     ]
     table = {**clean, **_attack_columns(found), **proven}
     return _publish(subject, _joined(parts), table, found, worst)
@@ -140,7 +140,7 @@ def evaluate_run(
     worst = subject.answers(found.worst)
     parts += [
         _attack_parts(subject, found, clean),
-        usage.parts(subject, answers, worst, usage.slowed(subject, answers)),
+        usage.parts(subject, answers, worst, usage.slowed(subject)),
         _measure_parts(subject),
     ]
     table = {**table, **_attack_columns(found)}
