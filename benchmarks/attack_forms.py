@@ -1,6 +1,6 @@
 """Seconds a batch of RDI-Nets' attack forms on a network with exits, against K separate attacks done naively.
 
-    python benchmarks/attack_forms.py [--net rdi_smallcnn] [--steps 5] [--batch 256] [--rounds 7] [--threads 1]
+    python benchmarks/attack_forms.py [--net rdi_smallcnn] [--steps 40] [--batch 256] [--rounds 5] [--threads 1]
 
 All forms are PGD with as many steps. Done naively, an attack on one exit runs the whole network with all its heads,
 whichever exit it is on, and max-average is K of those. Timed in turn, round after round, on the same images; weights
@@ -65,9 +65,9 @@ def main() -> None:
     )
     parser.add_argument("--net", default="rdi_smallcnn")
     parser.add_argument("--data", default="mnist")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

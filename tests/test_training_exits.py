@@ -397,7 +397,7 @@ def smoke(name: str, count: int) -> None:
     recipe = recipe_file.read_packaged(name)
     recipe.loss.attack.steps = 2
     recipe.schedule.batch, recipe.schedule.steps = count // 2, 2
-    recipe.schedule.check_images, recipe.schedule.check_steps = 10, 1
+    recipe.schedule.check_images, recipe.schedule.check_steps = 40, 1
     parts = data.load(recipe.data.name)
     torch.manual_seed(0)
     net = models.build(recipe.model.name)
