@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swiftsure.ball import Ball
 from swiftsure.bounds import memory
-from swiftsure.bounds._alpha import alpha_crown
+from swiftsure.bounds._alpha import Kept, Slopes, alpha_crown
 from swiftsure.bounds._crown import crown, crown_ibp
 from swiftsure.bounds._interval import interval
 from swiftsure.bounds._linear import LinearMap, linear_map
@@ -52,8 +52,10 @@ TECHNIQUES: dict[str, Technique] = {
 __all__ = [
     "TECHNIQUES",
     "Graph",
+    "Kept",
     "LinearMap",
     "Region",
+    "Slopes",
     "Technique",
     "alpha_crown",
     "crown",
