@@ -224,6 +224,7 @@ def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
         ball=subject.ball,
         asked=method,
         delta=parts[0].delta,
+        slopes=[one for part in parts for one in part.slopes],
     )
     return whole, perf_counter() - began
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +18,11 @@ from swiftsure.ball import Ball
 from swiftsure.bounds import (
     TECHNIQUES,
     Graph,
+    Kept,
     Region,
+    Slopes,
+    Technique,
+    alpha_crown,
     class_count,
     difference_bounds,
     memory,
@@ -42,6 +48,9 @@ LARGEST_CHUNK = {"interval": 256}
 """Samples bounded at once, however much memory there is: beyond, nothing gets faster."""
 LARGEST_ROW_CHUNK = 64
 
+SampleSlopes = Mapping[tuple[int, bool], Slopes]
+"""Of one sample: slopes by (exit, whether z_y - z_j is bounded from above), their functions being the classes j."""
+
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
@@ -64,6 +73,8 @@ class Certificate:
         asked: the method that was asked for.
         delta: what a margin has to exceed, and how much every box of logit differences is widened; see
             `rounding_slack`.
+        slopes: B, or none at all: what alpha-CROWN found where it proved the label or lowered the cost, so that it can
+            be computed again without a search; None for other samples.
     """
 
     certified: Tensor
@@ -77,6 +88,7 @@ class Certificate:
     policy: Policy | None
     asked: str
     delta: float
+    slopes: Sequence[SampleSlopes | None] = ()
 
     def __len__(self) -> int:
         return len(self.method)
@@ -192,11 +204,12 @@ def certify_by(
         policy=policy if len(graph.outputs) > 1 else None,
         asked=asked,
         delta=delta,
+        slopes=proof.slopes,
     )
 
 
 class _Proof:
-    """What is known of each sample so far: boxes of logit differences at every exit, and what the walk makes of them."""
+    """What is known of each sample so far: boxes of logit differences at every exit, and what the walk makes of it."""
 
     def __init__(
         self, net: nn.Module, graph: Graph, images: Tensor, y: Tensor | None, policy: Policy
@@ -221,6 +234,7 @@ class _Proof:
         self.max_exit = torch.full_like(self.label, self.exits - 1)
         self.required = torch.ones(len(images), self.exits, dtype=torch.bool, device=images.device)
         self.method = [UNPROVEN] * len(images)
+        self.slopes: list[SampleSlopes | None] = [None] * len(images)
 
     def undecided(self, name: str) -> Tensor:
         """Which samples are worth a technique: those whose label it may prove, or whose cost if it is cheap."""
@@ -246,7 +260,9 @@ class _Proof:
             return
         about = self.about[part]
         region = Region(self.images[part], ball)
-        found = difference_bounds(technique(name), self.graph, region, about, upper=self.exits > 1)
+        kept: Kept = {}
+        bound: Technique = partial(alpha_crown, kept=kept) if name == "alpha-crown" else technique(name)
+        found = difference_bounds(bound, self.graph, region, about, upper=self.exits > 1)
         for exit, (lower, upper) in enumerate(found):
             # What overflowed bounds nothing, on either side. z_j - z_y is the negative.
             low = (-upper).where(upper.isfinite(), -torch.inf)
@@ -260,9 +276,24 @@ class _Proof:
         proven = right & (walked.margin > delta) & ~self.certified[part]
         for index in part[proven].tolist():
             self.method[index] = name
+        cheaper = (walked.max_exit < self.max_exit[part]) | (walked.required != self.required[part]).any(1)
+        self._keep(kept, part, (proven | cheaper).nonzero()[:, 0].tolist(), walked.max_exit)
         self.certified[part] |= proven
         self.max_exit[part] = walked.max_exit
         self.required[part] = walked.required
+
+    def _keep(self, kept: Kept, part: Tensor, chosen: Sequence[int], max_exit: Tensor) -> None:
+        """The slopes of some samples of a part, of the exits that the walk visited."""
+        for sample in chosen if kept else ():
+            index = int(part[sample])
+            about, own = int(self.about[index]), {}
+            for exit, above in product(range(int(max_exit[sample]) + 1), (False, True)):
+                slopes = kept.get((sample, exit, above))
+                if slopes is not None:
+                    # Functions leave out the class that they are about.
+                    classes = slopes.function + (slopes.function >= about)
+                    own[exit, above] = replace(slopes, function=classes)
+            self.slopes[index] = own or None
 
 
 def verified_accuracy(
