@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from swiftsure.bounds import operations as ops
@@ -72,5 +73,40 @@ def interval(
                 (matrix @ part[..., None])[..., 0]
                 for matrix, part in zip((spec, spec.abs()), known[output], strict=True)
             )
+        bounds.append((center - radius, center + radius))
+    return bounds
+
+
+def interval_differences(graph: Graph, region: Region, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Interval bounds of z_y - z_j, the same as with a spec of these rows, for many samples of few classes.
+
+    Merged into a wide last layer such a spec is a matrix for each sample. But |W_a - W_b| is one row for each pair of
+    classes, whatever the sample: one product bounds all pairs, and each sample takes its own.
+
+    Args:
+        graph: the traced network; region: the inputs; y: (batch,) int64.
+
+    Returns:
+        For each output (lower, upper): (batch, classes) each, entries y being 0.
+    """
+    known = Intervals(graph, region)
+    bounds = []
+    for output in graph.outputs:
+        node = graph.nodes[output]
+        operation = node.operation
+        classes = node.shape[0]
+        first, second = torch.triu_indices(classes, classes, 1, device=y.device)
+        if isinstance(operation, ops.Linear):
+            center, radius = known[node.inputs[0]]
+            center = operation.value(center)
+            pairs = radius @ (operation.weight[first] - operation.weight[second]).abs().T
+        else:
+            center, radius = known[output]
+            pairs = radius[:, first] + radius[:, second]
+        place = torch.full((classes, classes), len(first), device=y.device)
+        place[first, second] = place[second, first] = torch.arange(len(first), device=y.device)
+        # The pair of a class with itself is the last column, of zeros.
+        radius = torch.cat([pairs, pairs.new_zeros(len(pairs), 1)], 1).gather(1, place[y])
+        center = center.gather(1, y[:, None]) - center
         bounds.append((center - radius, center + radius))
     return bounds

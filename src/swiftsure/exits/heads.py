@@ -150,7 +150,7 @@ def conv(
     first, (channels, height, breadth) = _map(shape, channels_last)
     size = min(height, CONV_GRID), min(breadth, CONV_GRID)
     if size != (height, breadth):
-        first = [*first, nn.AdaptiveAvgPool2d(size)]
+        first = [*first, _averaged((height, breadth), size)]
     first = [*first, nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
     return nn.Sequential(*_pooled(first, (width, *size), classes, grid))
 
@@ -159,7 +159,17 @@ def _pooled(first: list[nn.Module], shape: tuple[int, int, int], classes: int, g
     channels, height, width = shape
     rows, columns = min(height, grid), min(width, grid)
     linear = nn.Linear(channels * rows * columns, classes)
-    return [*first, nn.AdaptiveAvgPool2d((rows, columns)), nn.Flatten(), linear]
+    return [*first, _averaged((height, width), (rows, columns)), nn.Flatten(), linear]
+
+
+def _averaged(size: tuple[int, int], wanted: tuple[int, int]) -> nn.Module:
+    """Average pooling from one size to another; adaptive pooling is slow, so only where windows differ."""
+    if size == wanted:
+        return nn.Identity()
+    (height, width), (rows, columns) = size, wanted
+    if height % rows == 0 and width % columns == 0:
+        return nn.AvgPool2d((height // rows, width // columns))
+    return nn.AdaptiveAvgPool2d(wanted)
 
 
 def sized(shape: Sequence[int], classes: int, macs: int) -> Description:
