@@ -122,7 +122,7 @@ def evaluate_run(
     """Certify, attack and measure a run's network on the same images and ball, and draw its page.
 
     What was measured before on other samples or in another ball is replaced. A network of several exits is measured
-    as it is deployed, with its thresholds; certificates for it do not exist yet.
+    as it is deployed, with its thresholds.
 
     Args and errors as in `attack_run` and `certify_run`.
     """
@@ -131,11 +131,9 @@ def evaluate_run(
     method = _known(method or subject.recipe.evaluate.method, "method", METHODS)
     answers = subject.answers()
     clean = _clean_columns(subject, answers)
-    table, parts, certificate = clean, [], None
-    if subject.exits == 1:
-        certificate, seconds = _certify(subject, method)
-        parts.append(_certify_parts(subject, certificate, seconds, clean))
-        table = {**table, **_proven_columns(certificate)}
+    certificate, seconds = _certify(subject, method)
+    parts = [_certify_parts(subject, certificate, seconds, clean)]
+    table = {**clean, **_proven_columns(certificate)}
     found = _attack(subject, suite)
     worst = subject.answers(found.worst)
     parts += [
@@ -217,11 +215,12 @@ def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(part, name).cpu() for part in parts])
 
-    names = ("certified", "margin", "max_exit", "max_macs", "label")
+    names = ("certified", "margin", "required", "max_exit", "max_macs", "label")
     whole = Certificate(
         **{name: joined(name) for name in names},
         method=[one for part in parts for one in part.method],
         ball=subject.ball,
+        policy=parts[0].policy,
         asked=method,
         delta=parts[0].delta,
         slopes=[one for part in parts for one in part.slopes],
@@ -254,8 +253,9 @@ def _certificates_at_hand(subject: Subject) -> Table:
     if not (subject.folder / certificates.NAME).exists():
         return {}
     file = certificates.read(subject.folder)
-    about = (file.weights_sha256, file.data_sha256, file.certificate.ball)
-    if about != (files.sha256(subject.folder / WEIGHTS), subject.images.sha256(), subject.ball):
+    about = (file.weights_sha256, file.data_sha256, file.certificate.ball, file.certificate.policy)
+    policy = subject.net.policy if isinstance(subject.net, MultiExit) and subject.exits > 1 else None
+    if about != (files.sha256(subject.folder / WEIGHTS), subject.images.sha256(), subject.ball, policy):
         return {}
     return _proven_columns(file.certificate)
 
