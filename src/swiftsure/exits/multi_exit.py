@@ -68,7 +68,7 @@ class MultiExit(nn.Module):
             raise InputError(f"{len(stages)} stages and {len(heads)} heads; allowed: one head for each stage")
         self.stages, self.heads = nn.ModuleList(stages), nn.ModuleList(heads)
         self.copies = tuple(copies) if copies is not None else (False,) * len(heads)
-        self._macs: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        self._macs: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._policy: Policy | None = None
         self.policy = policy
 
@@ -129,12 +129,12 @@ class MultiExit(nn.Module):
             )
         # To set the mode of hundreds of modules takes longer than to see that it is set.
         with torch.no_grad(), evaluating(self) if trains else nullcontext():
-            logits, exit = self._leave(x, policy) if len(x) else _nobody(x, config.get("classes", 0))
-            macs = self._known_macs(tuple(x.shape[1:]), numbers).to(x.device)[exit]
-        return Answer(logits.argmax(1) if len(x) else exit, exit, macs, logits)
+            if len(x) == 0:
+                return _nobody(x, config.get("classes", 0))
+            return self._leave(x, policy, self._known_macs(tuple(x.shape[1:]), numbers))
 
-    def _leave(self, x: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-        """The logits by which each image leaves, and the exit: (B, classes), (B,)."""
+    def _leave(self, x: Tensor, policy: Policy, macs: list[int]) -> Answer:
+        """Run the stages, the later ones for those who stay; `macs` is what leaving at each exit costs."""
         state: tuple[Tensor, ...] = (x,)
         inside: Tensor | None = None  # which images the state is of; None: all
         gone: list[tuple[Tensor, Tensor, int]] = []
@@ -146,7 +146,8 @@ class MultiExit(nn.Module):
             if number == self.exits - 1:
                 break
             leaves = policy.fires(number, z)
-            count = int(leaves.sum())
+            # To ask the one answer there is takes half as long as to count.
+            count = int(leaves.sum() if len(leaves) > 1 else leaves)
             if count == len(leaves):
                 break
             if count:
@@ -156,23 +157,23 @@ class MultiExit(nn.Module):
                 state = tuple(part.index_select(0, stay) for part in state)
         exit = torch.full((len(x),), number, device=x.device)
         if inside is None:
-            return z, exit
+            return Answer(z.argmax(1), exit, torch.full((len(x),), macs[number], device=x.device), z)
         given = z.new_empty(len(x), z.shape[1])
         given[inside] = z
         for place, logits, at in gone:
             given[place] = logits
             exit[place] = at
-        return given, exit
+        return Answer(given.argmax(1), exit, torch.tensor(macs, device=x.device)[exit], given)
 
     def macs(self, input_shape: Sequence[int]) -> list[int]:
         """What an image (C, H, W) costs that leaves at each exit: K multiply-adds, counted once and kept."""
-        return self._known_macs(tuple(input_shape), _state_of(self)[1]).tolist()
+        return list(self._known_macs(tuple(input_shape), _state_of(self)[1]))
 
-    def _known_macs(self, input_shape: tuple[int, ...], numbers: int) -> Tensor:
+    def _known_macs(self, input_shape: tuple[int, ...], numbers: int) -> list[int]:
         # The number of parameters is part of the key, for networks that are pruned when they are known already.
         key = input_shape, numbers
         if key not in self._macs:
-            self._macs[key] = torch.tensor(cumulative(self.counts(input_shape)))
+            self._macs[key] = cumulative(self.counts(input_shape))
         return self._macs[key]
 
     def counts(self, input_shape: Sequence[int]) -> list[tuple[Count, Count]]:
@@ -222,17 +223,23 @@ class _Whole(nn.Module):
 
 def _state_of(net: nn.Module) -> tuple[bool, int, Tensor | None]:
     """Whether any module is in training mode, how many numbers the parameters hold, and one; in microseconds."""
-    trains, numbers, one, left = False, 0, None, [net]
+    trains, numbers, one = False, 0, None
+    left: list[nn.Module | None] = [net]
     while left:
         module = left.pop()
-        trains |= module.training
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                numbers += parameter.numel()
-                one = parameter
-        left += [child for child in module._modules.values() if child is not None]
+        if module is None:
+            continue
+        trains = trains or module.training
+        if module._parameters:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    numbers += parameter.numel()
+                    one = parameter
+        if module._modules:
+            left.extend(module._modules.values())
     return trains, numbers, one
 
 
-def _nobody(x: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    return x.new_zeros(0, classes), torch.zeros(0, dtype=torch.int64, device=x.device)
+def _nobody(x: Tensor, classes: int) -> Answer:
+    none = torch.zeros(0, dtype=torch.int64, device=x.device)
+    return Answer(none, none.clone(), none.clone(), x.new_zeros(0, classes))

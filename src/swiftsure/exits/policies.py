@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from swiftsure.errors import InputError
 from swiftsure.suggestion import unknown
@@ -21,12 +20,12 @@ from swiftsure.suggestion import unknown
 
 def entropy(logits: Tensor) -> Tensor:
     """The softmax entropy of logits (B, classes) in nats: (B,) float64, from 0 to ln(classes)."""
-    return torch.special.entr(F.softmax(logits.double(), dim=1)).sum(1)
+    return torch.special.entr(torch.softmax(logits, 1, dtype=torch.float64)).sum(1)
 
 
 def confidence(logits: Tensor) -> Tensor:
     """The largest softmax probability of logits (B, classes): (B,) float64."""
-    return F.softmax(logits.double(), dim=1).amax(1)
+    return torch.softmax(logits, 1, dtype=torch.float64).amax(1)
 
 
 @dataclass(frozen=True)
