@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from swiftsure.bounds import entropy as ranges
 from swiftsure.errors import InputError
 
 SCALES = (0.1, 1.0, 5.0, 30.0)
+ALL = (
+    ranges.highest_entropy, ranges.lowest_entropy, ranges.lowest_entropy_bound,
+    ranges.highest_probability, ranges.lowest_probability,
+)  # fmt: skip
 
 
 def boxes(count: int, classes: int, scale: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -51,18 +56,10 @@ def test_no_point_of_a_box_leaves_the_ranges(classes: int, scale: float, seed: i
 def test_ranges_are_attained(classes: int, scale: float) -> None:
     """The largest entropy at a common level, the least and the extreme probabilities at vertices."""
     lower, upper = boxes(4, classes, scale, classes)
-    levels = torch.linspace(float(lower.min()), float(upper.max()), 20_001, dtype=torch.float64)
-    best = torch.stack(
-        [
-            max(
-                ranges.entropy(part[:, None].maximum(a).minimum(b)).max()
-                for part in levels.split(max(1, 2_000_000 // classes))
-            )
-            for a, b in zip(lower, upper, strict=True)
-        ]
-    )
-    highest = ranges.highest_entropy(lower, upper)
-    assert (highest - best <= 1e-3 * scale).all()
+    levels = torch.linspace(0, 1, 2001, dtype=torch.float64)[:, None, None]
+    levels = lower.amin() + levels * (upper.amax() - lower.amin())
+    best = ranges.entropy(levels.maximum(lower).minimum(upper)).amax(0)
+    assert (ranges.highest_entropy(lower, upper) - best <= 1e-3 * scale).all()
     top = torch.eye(classes, dtype=torch.bool)
     alone = torch.where(top, upper[:, None], lower[:, None]).softmax(-1).diagonal(dim1=1, dim2=2).amax(1)
     torch.testing.assert_close(ranges.highest_probability(lower, upper), alone)
@@ -73,12 +70,11 @@ def test_ranges_are_attained(classes: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("classes", [2, 5, 9, 12])
-def test_branch_and_bound_equals_all_vertices(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lower, upper = boxes(20, classes, 3.0, 7)
+@pytest.mark.parametrize("scale", SCALES)
+def test_branch_and_bound_equals_all_vertices(classes: int, scale: float) -> None:
+    lower, upper = boxes(20, classes, scale, 7)
     every = torch.cartesian_prod(*[torch.tensor([False, True])] * classes)
     least = ranges.entropy(torch.where(every, upper[:, None], lower[:, None])).amin(1)
-    torch.testing.assert_close(ranges.lowest_entropy(lower, upper), least, rtol=0, atol=1e-10)
-    monkeypatch.setattr(ranges, "ENUMERATED", 1)
     torch.testing.assert_close(ranges.lowest_entropy(lower, upper), least, rtol=0, atol=1e-10)
     for threshold in (0.05, 0.5, 1.0):
         settled = ranges.lowest_entropy(lower, upper, threshold)
@@ -144,11 +140,75 @@ def test_the_gradient_of_the_bound_raises_it() -> None:
     assert ((after > before) | (before == 0)).all() and (before > 0).sum() > 20
 
 
-def test_nan_stays_nan_and_bad_shapes_are_refused() -> None:
-    lower, upper = boxes(2, 4, 1.0, 1)
+@pytest.mark.parametrize("center", [[0.0, -50.0, -60.0], [0.0, 0.0, 0.0], [300.0, -900.0, 2.0]])
+@pytest.mark.parametrize("radius", [0.0, 40.0])
+def test_gradients_are_numbers_where_a_probability_is_1_or_all_are_equal(
+    center: list[float], radius: float
+) -> None:
+    middle = torch.tensor(center, dtype=torch.float64)
+    lower, upper = (middle - radius).requires_grad_(), (middle + radius).requires_grad_()
+    for bound in ALL:
+        if bound is ranges.lowest_entropy:
+            continue
+        for gradient in torch.autograd.grad(bound(lower, upper), (lower, upper)):
+            assert gradient.isfinite().all(), bound
+
+
+@pytest.mark.parametrize("classes", [3, 5, 10])
+def test_a_largest_probability_just_above_one_in_k(classes: int) -> None:
+    """The least entropy of K - 1 equal entries and one just below; not that of K entries that sum to more than 1."""
+    for far in (1e-8, 1e-9, 1e-10, 1e-12, 0.0):
+        z = torch.zeros(classes, dtype=torch.float64)
+        z[0] = -far
+        assert ranges.lowest_entropy_bound(z, z) <= ranges.entropy(z)
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_slack_covers_rounding(classes: int) -> None:
+    """Against 50 digits, at boxes that are points, where nothing but rounding is left."""
+    generator = torch.Generator().manual_seed(classes)
+    for scale in (0.01, 1.0, 20.0, 1e4):
+        z = torch.randn(classes, generator=generator, dtype=torch.float64) * scale
+        exact = entropy_in_decimals(z)
+        assert abs(Decimal(float(ranges.entropy(z))) - exact) < ranges.SLACK / 10
+        assert Decimal(float(ranges.highest_entropy(z, z))) >= exact
+        assert Decimal(float(ranges.lowest_entropy_bound(z, z))) <= exact
+        assert Decimal(float(ranges.lowest_entropy(z, z))) <= exact
+
+
+def entropy_in_decimals(z: Tensor) -> Decimal:
+    with localcontext() as context:
+        context.prec = 50
+        logits = [Decimal(value) for value in z.tolist()]
+        weights = [(value - max(logits)).exp() for value in logits]
+        mean = sum(w * (value - max(logits)) for w, value in zip(weights, logits, strict=True)) / sum(weights)
+        return sum(weights).ln() - mean
+
+
+def test_infinite_ends_are_like_far_ones() -> None:
+    inf = torch.inf
+    lower = torch.tensor([[0.0, -inf, -inf], [0.0, -inf, -2.0], [-inf, 0.0, -inf]])
+    upper = torch.tensor([[0.0, inf, -1.0], [0.0, -1.0, -2.0], [inf, 0.0, inf]])
+    far = lower.clamp_min(-700), upper.clamp_max(700)
+    for bound in ALL:
+        torch.testing.assert_close(bound(lower, upper), bound(*far), rtol=0, atol=1e-9)
+
+
+def test_a_search_that_is_cut_short_stays_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower, upper = boxes(20, 12, 3.0, 7)
+    whole = ranges.lowest_entropy(lower, upper)
+    monkeypatch.setattr(ranges, "NODES", 0)
+    short = ranges.lowest_entropy(lower, upper)
+    assert (short <= whole + 1e-11).all() and (short < whole - 1e-3).any()
+    assert (short >= ranges.lowest_entropy_bound(lower, upper)).all()
+
+
+def test_nan_empty_boxes_and_bad_shapes() -> None:
+    lower, upper = boxes(3, 4, 1.0, 1)
     lower[0, 0] = torch.nan
-    for bound in (ranges.highest_entropy, ranges.lowest_entropy_bound, ranges.lowest_entropy):
+    upper[1, 2] = lower[1, 2] - 1e-9
+    for bound in ALL:
         result = bound(lower, upper)
-        assert result[0].isnan() and result[1].isfinite()
+        assert result[:2].isnan().all() and result[2].isfinite(), bound
     with pytest.raises(InputError, match="shapes"):
         ranges.highest_entropy(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -3,9 +3,11 @@
 An early exit fires where the entropy of its softmax is below a threshold (or its largest probability above one); so
 what a bound of logits says about an exit is what it says about these. Boxes may be of logits, or of differences to one
 class (whose own entry is then exactly 0): softmax does not see a shift, so every valid box counts, and the best of
-several may be kept. Entropies are in nats. All is computed in float64; results carry gradients to the box.
+several may be kept. Entropies are in nats. All is computed in float64; results carry gradients to the box, except
+where the text says otherwise. A box that holds nothing (lower > upper) or a NaN gives NaN, which proves nothing.
 
-Let p = softmax(z), L = ln sum exp z, m = sum p z, so that H = L - m and dH/dz_j = -p_j (z_j - m).
+Let p = softmax(z), L = ln sum exp z, m = sum p z, so that H = L - m and dH/dz_j = -p_j (z_j - m). Proofs are in
+docs/certified-exits.md.
 """
 
 from __future__ import annotations
@@ -17,16 +19,19 @@ from torch import Tensor
 
 from swiftsure.errors import InputError
 
-ENUMERATED = 12
-"""Up to so many classes all vertices of a box are tried; beyond, they are searched by branch and bound."""
-BISECTIONS = 100
-NODES = 512
-"""Boxes a sample may be cut into before the search ends with what is proven so far."""
+NODES = 1024
+"""Parts that a box may be cut into before the search ends with what is proven so far. A dozen is usual."""
+AT_ONCE = 2**15
+"""Boxes times classes that are searched side by side."""
+SLACK = 1e-12
+"""Rounding in float64 of an entropy and of its bounds, generously."""
+FAR = -1e6
+"""A logit so far below another weighs nothing: e^FAR is 0."""
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax, in nats: (..., classes) to (...)."""
-    log_p = logits.log_softmax(-1)
+    """Entropy of the softmax, in nats: (..., classes) to (...), float64."""
+    log_p = logits.double().log_softmax(-1)
     # A probability that vanishes adds nothing, even where its logarithm is infinite.
     return -(log_p.exp() * log_p.clamp_min(-1e300)).sum(-1)
 
@@ -35,40 +40,53 @@ def highest_entropy(lower: Tensor, upper: Tensor) -> Tensor:
     """The largest entropy over each box, exactly but for rounding, which errs high.
 
     At a maximum every z_j is as near to m as its interval lets it, since H rises towards m in each coordinate: z_j =
-    clip(t, l_j, u_j) with t = m. So t solves sum_j e^{z_j} (z_j - t) = 0; entries at t drop out, and what is left,
-    sum over l_k > t of e^{l_k} (l_k - t) minus sum over u_k < t of e^{u_k} (t - u_k), never rises with t. Its root lies
-    between the least upper end and the largest lower end, or is any common point of all intervals. It is bisected; a t
-    that is off by d costs H at most d * sum_j p_j |z_j - m| <= d * (ln K + 1), which is added.
+    clip(t, l_j, u_j) with t = m. So t solves F(t) = 0, F(t) = sum over l_k > t of e^{l_k} (l_k - t) minus sum over
+    u_k < t of e^{u_k} (t - u_k), which is piecewise linear and never rises: its root is read off between two ends. A t
+    that is off by d costs H at most d * sum_j p_j |z_j - m| <= d * (ln K + 1). With ends taken relative to the largest
+    lower one, F falls at least as fast as t rises up to there, so that d <= |F(t)|: that is added.
 
     Args:
-        lower, upper: (..., classes) ends of the box, lower <= upper; infinite ends are allowed.
+        lower, upper: (..., classes) ends of the box; some may be infinite, but not all lower ones.
 
     Returns:
-        (...) in nats, float64, with gradients; NaN where an end is NaN.
+        (...) in nats, float64, with gradients.
     """
     low, high = _box(lower, upper)
+    top = low.detach().amax(-1, keepdim=True)
+    a, b = (low - top).clamp_min(FAR), (high - top).clamp_min(FAR)
     with torch.no_grad():
-        top = low.amax(-1, keepdim=True)
-        bottom = high.amin(-1, keepdim=True)
-        # Where all intervals meet, any common point makes all logits equal.
-        left, right = torch.minimum(bottom, top), torch.maximum(bottom, top).minimum(top)
-        right = torch.maximum(left, right)
-        width = right - left
-        for _ in range(BISECTIONS):
-            t = (left + right) / 2
-            above = (low - t).clamp_min(0) * (low - top).exp()
-            # Below t <= top the exponent is negative; elsewhere the factor is 0.
-            below = (t - high).clamp_min(0) * (high - top).clamp_max(0).exp()
-            positive = (above - below).nan_to_num(0.0).sum(-1, keepdim=True) > 0
-            left, right = torch.where(positive, t, left), torch.where(positive, right, t)
-        t = (left + right) / 2
-        slack = (right - left + 1e-15 * (t.abs() + width)) * (math.log(low.shape[-1]) + 1) + 1e-12
-    inside = torch.minimum(torch.maximum(t.expand_as(low), low), high)
-    return (entropy(inside) + slack[..., 0]).clamp_max(math.log(low.shape[-1]) + 1e-12)
+        t = _root(a, b.clamp_max(0))
+        above, below = (a - t).clamp_min(0) * a.exp(), (t - b).clamp_min(0) * b.clamp_max(0).exp()
+        off = (above.sum(-1) - below.sum(-1)).abs() + 1e-15 * low.shape[-1]
+    inside = torch.minimum(torch.maximum(t, a), b)
+    most = math.log(low.shape[-1])
+    return _checked((entropy(inside) + off * (most + 1) + SLACK).clamp_max(most + SLACK), low, high)
+
+
+def _root(a: Tensor, b: Tensor) -> Tensor:
+    """The t <= 0 where sum over a_k > t of e^{a_k} (a_k - t) equals sum over b_k < t of e^{b_k} (t - b_k): (..., 1).
+
+    Ends are at most 0, and the largest a is 0. Below each end, one more a or one less b takes part; each part is
+    S (c - t), with S the sum of the weights of those that do and c their mean.
+    """
+    ends, order = torch.cat([a, b], -1).sort(-1, descending=True)
+    weight = torch.cat([a.exp(), -b.exp()], -1).gather(-1, order)
+    falls = _running(weight, b.exp().sum(-1, keepdim=True))
+    start = _running(weight * ends, (b * b.exp()).sum(-1, keepdim=True))
+    # How many ends lie above the root.
+    piece = (start[..., :-1] < falls[..., :-1] * ends).sum(-1, keepdim=True)
+    t = start.gather(-1, piece) / falls.gather(-1, piece).clamp_min(1e-300)
+    limits = torch.cat([torch.zeros_like(t), ends, torch.full_like(t, FAR)], -1)
+    return torch.minimum(torch.maximum(t, limits.gather(-1, piece + 1)), limits.gather(-1, piece))
+
+
+def _running(steps: Tensor, start: Tensor) -> Tensor:
+    """start, start + the first step, and so on: (..., steps + 1)."""
+    return torch.cat([start, start + steps.cumsum(-1)], -1)
 
 
 def lowest_entropy_bound(lower: Tensor, upper: Tensor) -> Tensor:
-    """A lower bound of the entropy over each box, by convex means: O(classes) for each step of a search.
+    """A lower bound of the entropy over each box, by convex means, in O(classes log classes).
 
     For any number L let S = sum_j psi(L - z_j), psi(w) = w e^{-w}. With d = ln sum exp z - L, S = e^d (H - d), so
     H = d + S e^{-d}; over d this is least at d = ln S, and so H >= 1 + ln S wherever S > 0. As psi rises to w = 1 and
@@ -82,148 +100,128 @@ def lowest_entropy_bound(lower: Tensor, upper: Tensor) -> Tensor:
     Args and result as of `highest_entropy`.
     """
     low, high = _box(lower, upper)
-    cut, _ = _cut(low, high)
-    peak = _highest_probability(low, high)
-    with torch.no_grad():
-        count = (1 / peak + 1e-9).floor()
-    rest = (1 - count * peak).clamp_min(0)
-    spread = -count * torch.special.xlogy(peak, peak) - torch.special.xlogy(rest, rest)
-    # Rounding of either formula.
-    best = (torch.fmax(cut, spread) - 1e-12).clamp_min(0)
-    return best.where((low <= high).all(-1), torch.nan)
+    return _bound(low, high)[0]
 
 
-def _cut(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of 1 + ln sum_j min(psi(L - l_j), psi(L - u_j)) over L, -inf where no L gives one; and that L.
-
-    e^L psi(L - z) = (L - z) e^z is linear in L. So the sum is e^{-L} T(L) with T concave and rising, and 1 + ln T - L
-    is concave where T > 0: best where T' = T. That lies between the least u, where T < 0, and 1 above the largest,
-    where every (L - l) e^l >= e^l; it is bisected.
-    """
-    top = high.amax(-1, keepdim=True)
-    a, b = low - top, high - top
+def _bound(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`lowest_entropy_bound`, (...); and what a search goes on with: L, (..., 1), and turns, (..., classes)."""
+    # Ends relative to the largest, which softmax does not see. Where that is infinite, all is NaN, and so 0.
+    top = high.detach().amax(-1, keepdim=True)
+    a, b = (low - top).clamp_min(FAR), (high - top).clamp_min(FAR)
     with torch.no_grad():
         turn = _turn(a, b)
-        left, right = b.amin(-1, keepdim=True).clamp_min(-1e6), torch.ones_like(top)
-        for _ in range(60):
-            level = (left + right) / 2
-            slope = torch.where(level < turn, b, a).exp().sum(-1, keepdim=True)
-            rising = slope > _sum_psi(a, b, level)
-            left, right = torch.where(rising, level, left), torch.where(rising, right, level)
-        level = (left + right) / 2
-    total = _sum_psi(a, b, level)
-    bound = 1 + torch.where(total > 0, total, 1.0).log() - level
-    return bound.where(total > 0, -torch.inf)[..., 0], (level + top)[..., 0]
+        level = _level(a, b, turn)
+    total = torch.minimum((level - a) * a.exp(), (level - b) * b.exp()).sum(-1)
+    cut = (1 + torch.where(total > 0, total, 1.0).log() - level[..., 0]).where(total > 0, -torch.inf)
+    peak = _highest_probability(low, high)
+    with torch.no_grad():
+        count = (1 / peak).floor()
+    # The logarithm of a rest of 0 has no gradient; nor does one that is so small.
+    rest = (1 - count * peak).clamp_min(1e-30)
+    spread = -count * torch.special.xlogy(peak, peak) - torch.special.xlogy(rest, rest)
+    best = (torch.fmax(cut, spread) - SLACK).clamp_min(0)
+    best = best.where(~high.isposinf().any(-1), 0.0)
+    return _checked(best, low, high), level, turn
 
 
-def _sum_psi(low: Tensor, high: Tensor, level: Tensor) -> Tensor:
-    """sum_j min((L - l_j) e^{l_j}, (L - u_j) e^{u_j}), ends at most 0: (..., 1)."""
-    far = low < -700
-    at_low = torch.where(far, 0.0, (level - low.masked_fill(far, 0.0)) * low.exp())
-    return torch.minimum(at_low, (level - high) * high.exp()).sum(-1, keepdim=True)
+def _level(a: Tensor, b: Tensor, turn: Tensor) -> Tensor:
+    """The L at which 1 + ln sum_j min(psi(L - a_j), psi(L - b_j)) is largest, ends being at most 0: (..., 1).
+
+    e^L psi(L - z) = (L - z) e^z is linear in L. So the sum is e^{-L} T(L) with T concave and piecewise linear, bent at
+    the turns, and 1 + ln T - L is concave where T > 0: best where T' = T, or at a bend where T' falls below T. That is
+    at most 1, where every (L - a) e^a >= e^a.
+    """
+    turns, order = turn.sort(-1)
+    at_low, at_high = a.exp(), b.exp()
+    slope = _running((at_low - at_high).gather(-1, order), at_high.sum(-1, keepdim=True))
+    moment = _running((a * at_low - b * at_high).gather(-1, order), (b * at_high).sum(-1, keepdim=True))
+    # T = slope L - moment. How many turns lie below the best L.
+    piece = (slope[..., :-1] * (1 - turns) + moment[..., :-1] > 0).sum(-1, keepdim=True)
+    level = 1 + moment.gather(-1, piece) / slope.gather(-1, piece).clamp_min(1e-300)
+    least = torch.cat([torch.full_like(level, FAR), turns], -1).gather(-1, piece)
+    return torch.maximum(level, least).clamp_max(1)
+
+
+def _turn(low: Tensor, high: Tensor) -> Tensor:
+    """The L at which psi(L - l) = psi(L - u): u + w / (e^w - 1), w = u - l."""
+    width = (high - low).clamp(1e-12, 700)
+    return high + width / torch.expm1(width)
 
 
 def lowest_entropy(lower: Tensor, upper: Tensor, threshold: float | Tensor | None = None) -> Tensor:
     """The least entropy over each box: exact up to rounding, or a lower bound that settles ``threshold``.
 
-    In each coordinate alone H rises up to m and falls after it (dH/dz_j = -p_j (z_j - m), and m itself moves slower
-    than z_j), so that it is least at an end: the minimum lies at a vertex. Up to `ENUMERATED` classes all vertices are
-    tried. Beyond, boxes are halved at the coordinate whose two ends psi tells apart least, and left alone once
-    `lowest_entropy_bound` lifts them above the best vertex found or above the threshold; if `NODES` boxes do not
-    settle it, the least bound of those that are open is returned, which is sound.
+    In each coordinate alone H rises and then falls, because z_j - m = (1 - p_j) (z_j - mean of the others' z), and that
+    mean does not depend on z_j. So it is least at an end, and over the box at a vertex. Vertices are searched by branch
+    and bound: a box is halved at the coordinate whose two ends psi tells apart least, and left alone once
+    `lowest_entropy_bound` lifts it above the best vertex found or above the threshold. If `NODES` boxes do not settle
+    it, the least bound of those that are open is returned, which is sound.
 
     Args:
         lower, upper: (..., classes) ends of the box.
-        threshold: (...) or a number; where given, only whether the minimum lies above it has to be right.
+        threshold: (...) or a number; where given, only whether the minimum reaches it has to be right.
 
     Returns:
         (...) in nats, float64, without gradients (use `lowest_entropy_bound` to train).
     """
     with torch.no_grad():
         low, high = _box(lower, upper)
-        bound = lowest_entropy_bound(low, high)
-        limit = (
-            torch.full_like(bound, torch.inf) if threshold is None else torch.as_tensor(threshold).to(bound)
-        )
-        limit = limit.expand_as(bound)
-        open_ = bound < limit
-        if low.shape[-1] <= ENUMERATED:
-            return bound.masked_scatter(open_, _least_vertex(low[open_], high[open_]))
-        found = [
-            _search(a, b, float(t)) for a, b, t in zip(low[open_], high[open_], limit[open_], strict=True)
-        ]
-        return torch.fmax(bound, bound.masked_scatter(open_, bound.new_tensor(found)))
+        bound = _bound(low, high)[0]
+        limit = torch.as_tensor(torch.inf if threshold is None else threshold).to(bound).expand_as(bound)
+        open_ = (bound < limit) & ~high.isposinf().any(-1)
+        boxes = (low[open_], high[open_], limit[open_])
+        size = max(1, AT_ONCE // low.shape[-1])
+        parts = [_search(*part) for part in zip(*(side.split(size) for side in boxes), strict=True)]
+        return bound.masked_scatter(open_, torch.fmax(bound[open_], torch.cat(parts))) if parts else bound
 
 
-def _least_vertex(low: Tensor, high: Tensor) -> Tensor:
-    """The least entropy over all vertices of boxes (boxes, classes): (boxes,)."""
-    classes = low.shape[-1]
-    at_top = (
-        torch.arange(1 << classes, device=low.device)[:, None] >> torch.arange(classes, device=low.device)
-    ) & 1
-    parts = [
-        entropy(torch.where(at_top.bool(), b[:, None], a[:, None])).amin(-1)
-        for a, b in zip(low.split(64), high.split(64), strict=True)
-    ]
-    return (torch.cat(parts) - 1e-12).clamp_min(0) if parts else low.new_empty(0)
-
-
-def _search(low: Tensor, high: Tensor, threshold: float) -> float:
-    """Branch and bound for one box (classes,): the least entropy, or a lower bound of it that settles the threshold."""
-    lows, highs = low[None], high[None]
-    best, settled, used = math.inf, math.inf, 0
-    while len(lows):
-        bounds = lowest_entropy_bound(lows, highs)
-        level = _cut(lows, highs)[1]
-        turn = _turn(lows, highs)
-        best = min(best, _prefixes(lows, highs, turn))
-        if best < threshold < math.inf or used > NODES:
-            return min(settled, best, float(bounds.min()))
-        target = min(best, threshold)
-        open_ = bounds < target - 1e-12
-        settled = min([settled, *bounds[~open_].tolist()])
-        lows, highs, level, turn = lows[open_], highs[open_], level[open_], turn[open_]
-        free = highs > lows
-        decided = ~free.any(-1)
-        if decided.any():
-            settled = min(settled, float(entropy(lows[decided]).min()) - 1e-12)
-            lows, highs, level, turn, free = (t[~decided] for t in (lows, highs, level, turn, free))
-        distance = (turn - level[:, None]).abs().masked_fill(~free, torch.inf)
+def _search(low: Tensor, high: Tensor, limit: Tensor) -> Tensor:
+    """Branch and bound for boxes (n, classes): the least entropy of each, or a lower bound that settles its limit."""
+    n = len(low)
+    lows, highs, owner = low, high, torch.arange(n, device=low.device)
+    best, settled = (torch.full((n,), torch.inf, dtype=low.dtype, device=low.device) for _ in range(2))
+    used = torch.zeros(n, dtype=torch.int64, device=low.device)
+    while len(owner):
+        bounds, level, turn = _bound(lows, highs)
+        best.scatter_reduce_(0, owner, _prefixes(lows, highs, turn), "amin")
+        used += owner.bincount(minlength=n)
+        # A point below the limit answers the question; else what is still open counts by its bound.
+        over = ((best < limit) & limit.isfinite()) | (used > NODES)
+        # At a vertex the bound is its entropy less the slack.
+        done = over[owner] | ~(bounds < torch.minimum(best - 2 * SLACK, limit)[owner])
+        vertex = ~done & ~(highs > lows).any(-1)
+        bounds = torch.where(vertex, entropy(lows) - SLACK, bounds)
+        done |= vertex
+        settled.scatter_reduce_(0, owner[done], bounds[done], "amin")
+        lows, highs, owner, level, turn = (t[~done] for t in (lows, highs, owner, level, turn))
+        distance = (turn - level).abs().masked_fill(~(highs > lows), torch.inf)
         chosen = torch.nn.functional.one_hot(distance.argmin(-1), low.shape[-1]).bool()
         lows, highs = (
             torch.cat([lows, torch.where(chosen, highs, lows)]),
             torch.cat([torch.where(chosen, lows, highs), highs]),
         )
-        used += len(lows)
-    return max(0.0, min(settled, best - 1e-12))
+        owner = owner.repeat(2)
+    return torch.minimum(settled, best - SLACK).clamp_min(0)
 
 
-def _turn(low: Tensor, high: Tensor) -> Tensor:
-    """The L at which psi(L - l) = psi(L - u): u + w / (e^w - 1), w = u - l."""
-    width = high - low
-    return high + torch.where(width > 1e-12, width / torch.expm1(width.clamp(1e-12, 700)), 1.0)
-
-
-def _prefixes(low: Tensor, high: Tensor, turn: Tensor) -> float:
+def _prefixes(low: Tensor, high: Tensor, turn: Tensor) -> Tensor:
     """The least entropy of vertices that take the upper end for the classes of highest turn: real points of the boxes.
 
     All classes + 1 of them for each box at once, by running sums of e^z and z e^z.
+
+    Returns:
+        (boxes,) the entropy of the best of them.
     """
     order = turn.argsort(-1, descending=True)
     top = high.amax(-1, keepdim=True)
-    a, b = (low - top).gather(-1, order), (high - top).gather(-1, order)
-    weights = b.exp() - a.exp()
-    moments = b * b.exp() - torch.special.xlogy(a.exp(), a.exp())
-    total = torch.cat([weights.new_zeros(len(low), 1), weights.cumsum(-1)], -1) + a.exp().sum(
-        -1, keepdim=True
-    )
-    moment = torch.special.xlogy(a.exp(), a.exp()).sum(-1, keepdim=True)
-    moment = torch.cat([moments.new_zeros(len(low), 1), moments.cumsum(-1)], -1) + moment
+    a, b = (low - top).clamp_min(FAR), (high - top).clamp_min(FAR)
+    at_low, at_high = a.exp(), b.exp()
+    total = _running((at_high - at_low).gather(-1, order), at_low.sum(-1, keepdim=True))
+    moment = _running((b * at_high - a * at_low).gather(-1, order), (a * at_low).sum(-1, keepdim=True))
     found = total.log() - moment / total
     # Running sums cancel where all that is left is tiny; a vertex counts by its own entropy.
-    row, prefix = divmod(int(found.nan_to_num(torch.inf, torch.inf, torch.inf).argmin()), found.shape[-1])
-    vertex = torch.where(order[row].argsort() < prefix, high[row], low[row])
-    return float(entropy(vertex))
+    prefix = found.nan_to_num(torch.inf, torch.inf, torch.inf).argmin(-1, keepdim=True)
+    return entropy(torch.where(order.argsort(-1) < prefix, b, a))
 
 
 def highest_probability(lower: Tensor, upper: Tensor) -> Tensor:
@@ -231,17 +229,17 @@ def highest_probability(lower: Tensor, upper: Tensor) -> Tensor:
 
     Args and result as of `highest_entropy`.
     """
-    return _highest_probability(*_box(lower, upper))
+    low, high = _box(lower, upper)
+    return _checked(_highest_probability(low, high), low, high)
 
 
 def _highest_probability(low: Tensor, high: Tensor) -> Tensor:
-    # ln sum over k != j of e^{l_k}: the total without the class itself.
-    others = torch.stack([_without(low, j) for j in range(low.shape[-1])], -1)
-    return torch.sigmoid(high - others).amax(-1)
-
-
-def _without(low: Tensor, j: int) -> Tensor:
-    return torch.cat([low[..., :j], low[..., j + 1 :]], -1).logsumexp(-1)
+    # ln sum over k != j of e^{l_k}: the total less a share of at most a half, or for the largest the rest alone.
+    largest = torch.nn.functional.one_hot(low.argmax(-1), low.shape[-1]).bool()
+    total = low.logsumexp(-1, keepdim=True)
+    share = (low - total).exp().masked_fill(largest, 0.0)
+    rest = low.masked_fill(largest, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.sigmoid(high - torch.where(largest, rest, total + torch.log1p(-share))).amax(-1)
 
 
 def lowest_probability(lower: Tensor, upper: Tensor) -> Tensor:
@@ -254,7 +252,7 @@ def lowest_probability(lower: Tensor, upper: Tensor) -> Tensor:
     """
     low, high = _box(lower, upper)
     top = low.amax(-1, keepdim=True)
-    return 1 / (high - top).clamp_max(0).exp().sum(-1)
+    return _checked(1 / (high - top).clamp_max(0).exp().sum(-1), low, high)
 
 
 def _box(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,3 +262,8 @@ def _box(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
             "(..., classes) with at least 2 classes"
         )
     return lower.double(), upper.double()
+
+
+def _checked(result: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The result, and NaN where the box holds nothing or has a NaN."""
+    return result.where((low <= high).all(-1), torch.nan)
