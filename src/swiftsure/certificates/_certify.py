@@ -34,7 +34,7 @@ from swiftsure.certificates._rounding import FLOOR, rounding_slack
 from swiftsure.certificates._walk import walk
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
-from swiftsure.exits import Policy, exit_macs
+from swiftsure.exits import MultiExit, Policy, exit_macs, static_macs
 
 METHODS = (*TECHNIQUES, "auto")
 """What certificates may be asked for: one technique of `bounds`, or all of them in turn, cheap ones first."""
@@ -191,7 +191,7 @@ def certify_by(
                 chosen = proof.undecided(name)
             for part in chosen.split(batch or _chunk(graph, images, name)):
                 proof.add(name, part, ball, delta)
-        costs = torch.tensor(exit_macs(net, x.shape[1:]), device=device)
+        costs = torch.tensor(_costs(net, x, len(graph.outputs)), device=device)
     return Certificate(
         certified=proof.certified.to(x.device),
         margin=proof.margin.to(x.device),
@@ -348,6 +348,13 @@ def _policy_of(net: nn.Module, policy: Policy | None, exits: int) -> Policy:
         raise InputError(f"policy is {policy!r}; allowed: a Policy such as Policy('entropy', [0.1]), or None")
     policy.require(exits)
     return policy
+
+
+def _costs(net: nn.Module, x: Tensor, exits: int) -> list[int]:
+    """Multiply-adds of an image that leaves at each exit; whoever cannot leave early runs everything."""
+    return (
+        exit_macs(net, x.shape[1:]) if isinstance(net, MultiExit) else [static_macs(net, x.shape[1:])] * exits
+    )
 
 
 def _logits(net: nn.Module, x: Tensor, exits: int, classes: int) -> list[Tensor]:
