@@ -1,4 +1,4 @@
-"""The demonstration: a network for 8x8 digits, trained with MixTrain, attacked, certified and reported."""
+"""The demonstration: a network of three exits for 8x8 digits, trained for a proof, attacked, certified and reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from swiftsure import evaluation, recipe_file, run
 from swiftsure.errors import InputError
 from swiftsure.evaluation import Measured
 
-RECIPE = "digits_mixtrain"
+RECIPE = "digits_exits"
 NAME = "demo"
 """What the runs of this command are called: only such a run is ever replaced."""
 

@@ -62,7 +62,7 @@ class Exits:
         macs: fitted thresholds: the mean multiply-adds an image may cost, for the best accuracy within them; null for
             equally many images at each exit.
         certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
-            accuracy within them, by interval bounds over the recipe's ball; null for one of the other two.
+            accuracy within them, by cheap bounds over the recipe's ball; null for one of the other two.
     """
 
     at: dict[str, Any] = field(default_factory=dict)
@@ -352,13 +352,16 @@ class Evaluation:
         suite: the attacks (quick, standard, full, or rdi: RDI-Nets' forms with the paper's steps).
         method: a bound technique, or auto (cheap ones first).
         limit: the first so many test images; null for all.
+        guards: samples that the guards of the attacks ask about; 0 for no guards.
     """
 
     suite: Literal["quick", "standard", "full", "rdi"] = "quick"
     method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown", "alpha-crown"] = "auto"
     limit: int | None = None
+    guards: int = 200
 
     def __post_init__(self) -> None:
+        _require(self.guards >= 0, f"evaluate.guards is {self.guards}; allowed: 0 or more samples")
         _require(
             self.limit is None or self.limit >= 1,
             f"evaluate.limit is {self.limit}; allowed: 1 or more, or null",

@@ -33,6 +33,8 @@ from swiftsure.exits import MultiExit, Policy
 TRIED = 4096
 """Combinations of thresholds that are tried."""
 CHUNK = 250
+CHEAP = ("interval", "crown-ibp")
+"""Techniques that take thousands of images in seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ def within_certified_macs(
     ball: Ball,
     macs: float,
     rule: str = "entropy",
-    method: str = "interval",
+    methods: Sequence[str] = CHEAP,
 ) -> Promise:
     """The thresholds of the best verified accuracy among those whose proven mean cost is within a budget.
 
@@ -78,15 +80,15 @@ def within_certified_macs(
         ball: the threat model.
         macs: the budget: multiply-adds, the mean over images of the most that an image of the ball can cost.
         rule: entropy or confidence.
-        method: a technique of `bounds`.
+        methods: techniques of `bounds`, whose bounds are intersected.
 
     Raises:
-        InputError: one exit, an unknown rule or method, or a budget below what can be proven.
+        InputError: one exit, an unknown rule or technique, or a budget below what can be proven.
     """
     if net.exits < 2:
         raise InputError("the network has one exit; there are no thresholds to fit")
     Policy(rule, [0.0] * (net.exits - 1))
-    scores, last = _scores(net, images, ball, rule, method)
+    scores, last = _scores(net, images, ball, rule, methods)
     costs = torch.tensor(net.macs(images.shape), dtype=torch.float64)
     each = max(2, int(TRIED ** (1 / len(scores)) + 1e-9))
     best: tuple[float, float, tuple[float, ...]] | None = None
@@ -131,7 +133,7 @@ def _candidates(score: _Scores, count: int, closed: float) -> list[float]:
 
 
 def _scores(
-    net: nn.Module, images: ImageSet, ball: Ball, rule: str, method: str
+    net: nn.Module, images: ImageSet, ball: Ball, rule: str, methods: Sequence[str]
 ) -> tuple[list[_Scores], Tensor]:
     """The three numbers of each sample at each side exit, and whether the last exit is proven right: (n,) bool."""
     device, dtype = place(net)
@@ -141,12 +143,14 @@ def _scores(
         for index in torch.arange(len(images)).split(CHUNK):
             x, y = images.batch(index, device)
             x = x.to(dtype)
-            found = difference_bounds(technique(method), trace(net, x), Region(x, ball), y)
-            own = torch.nn.functional.one_hot(y, found[0][0].shape[1]).bool()
-            boxes = [
-                ((-up.double() - FLOOR).masked_fill(own, 0.0), (-low.double() + FLOOR).masked_fill(own, 0.0))
-                for low, up in found
-            ]
+            graph, region = trace(net, x), Region(x, ball)
+            found = [difference_bounds(technique(name), graph, region, y) for name in methods]
+            own = torch.nn.functional.one_hot(y, found[0][0][0].shape[1]).bool()
+            boxes = []
+            for ends in zip(*found, strict=True):
+                lower = torch.stack([low for low, _ in ends]).amax(0).double()
+                upper = torch.stack([up for _, up in ends]).amin(0).double()
+                boxes.append(((-upper - FLOOR).masked_fill(own, 0.0), (-lower + FLOOR).masked_fill(own, 0.0)))
             parts.append([_of_exit(box, own, rule) for box in boxes[:-1]])
             last.append((boxes[-1][1] < 0).masked_fill(own, True).all(1).cpu())
     fields = ("lowest", "highest", "lowest_wrong")
