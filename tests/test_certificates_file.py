@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from swiftsure import bounds, models
-from swiftsure.ball import Ball
+from swiftsure import models
 from swiftsure.certificates import NAME, Certificate, certify, read, recheck, write
+from swiftsure.certificates._plain_bounds import Box, PlainBounds
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError, SoundnessError
 from trained import BALLS, held_out, network
@@ -34,12 +35,16 @@ def net() -> nn.Module:
     return copy.deepcopy(network()).eval()
 
 
+@functools.cache
+def certificates(count: int = COUNT) -> Certificate:
+    return certify(copy.deepcopy(network()).eval(), *held_out(count).batch(slice(None)), BALLS[0])
+
+
 @pytest.fixture
 def made(net: nn.Module, images: ImageSet, tmp_path: Path) -> Certificate:
     models.save(net, tmp_path)
-    certificate = certify(net, *images.batch(slice(None)), BALLS[0])
-    write(tmp_path, certificate, images)
-    return certificate
+    write(tmp_path, certificates(), images)
+    return certificates()
 
 
 def lines_of(folder: Path) -> Lines:
@@ -120,7 +125,7 @@ def test_misclassified_samples_have_no_margin(net: nn.Module, images: ImageSet, 
 def test_a_flipped_byte_anywhere_is_refused(net: nn.Module, tmp_path: Path) -> None:
     models.save(net, tmp_path)
     images = held_out(3)
-    write(tmp_path, certify(net, *images.batch(slice(None)), BALLS[0]), images)
+    write(tmp_path, certificates(3), images)
     path = tmp_path / NAME
     content = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +238,7 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, images: ImageSet,
     for content in (b"", b"\xff\xfe\x00", b"[]\n", b'{"format": "else"}\n'):
         (tmp_path / NAME).write_bytes(content)
         assert "not written by swiftsure" in refused(tmp_path)
-    certificate = certify(net, *images.batch(slice(None)), BALLS[0])
+    certificate = certificates()
     (tmp_path / NAME).unlink()
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
         write(tmp_path, certificate, images)
@@ -243,12 +248,10 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path, images: ImageSet,
     assert not (tmp_path / NAME).exists()
 
 
-@pytest.mark.parametrize("batch", [1, 5, None])
-def test_recheck_proves_everything_again(
-    batch: int | None, made: Certificate, images: ImageSet, tmp_path: Path
-) -> None:
-    found = recheck(models.load(tmp_path), tmp_path, images, batch=batch)
+def test_recheck_proves_everything_again(made: Certificate, images: ImageSet, tmp_path: Path) -> None:
+    found = recheck(models.load(tmp_path), tmp_path, images)
     assert (found.n, found.certified) == (COUNT, int(made.certified.sum()))
+    assert (found.by_reference, found.reason) == (COUNT, None)
     assert found.largest_difference < 1e-4
     assert found.seconds > 0
     part = recheck(models.load(tmp_path), tmp_path, images, limit=5)
@@ -297,13 +300,13 @@ def test_half_of_the_slack_is_kept_for_recomputation(
     delta = 0.9999 * float(margin[margin > 0.05].min())
     write(tmp_path, certify(net, x, y, BALLS[0], method="interval", delta=delta), images)
 
-    def lowered(by: float) -> None:
-        def found(bound: Any, graph: Any, region: Any, y: Tensor, *, upper: bool) -> Any:
-            return [
-                (low - by, up) for low, up in bounds.difference_bounds(bound, graph, region, y, upper=upper)
-            ]
+    computed = PlainBounds.differences
 
-        monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", found)
+    def lowered(by: float) -> None:
+        def found(self: PlainBounds, *options: Any) -> list[Box]:
+            return [(low, high + by) for low, high in computed(self, *options)]
+
+        monkeypatch.setattr(PlainBounds, "differences", found)
 
     lowered(5e-4)
     assert recheck(net, tmp_path, images).largest_difference == pytest.approx(5e-4, rel=0.1)

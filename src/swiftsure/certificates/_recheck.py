@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from swiftsure import files
-from swiftsure.certificates._certify import UNPROVEN, Certificate, _techniques, certify_by
-from swiftsure.certificates._storage import NAME, read
+from swiftsure.certificates._certify import UNPROVEN, Certificate, _techniques
+from swiftsure.certificates._plain_bounds import Box
+from swiftsure.certificates._plain_network import Unreadable, read_plainly
+from swiftsure.certificates._plain_walk import Walked, answer_plainly, walk_plainly
+from swiftsure.certificates._provers import DoubleProver, PlainProver, Prover, SampleBounds
+from swiftsure.certificates._storage import NAME, CertificateFile, image_sha256, policy_sha256, read
 from swiftsure.data import ImageSet
+from swiftsure.data.progress import progress
 from swiftsure.errors import InputError, SoundnessError
+from swiftsure.exits import Policy
 from swiftsure.models.storage import WEIGHTS, read_weights
 
-CHUNK = 500
-"""Images that are float at once."""
-
 NEEDED = 0.5
-"""The share of delta that a recomputed margin must exceed. Other batch sizes and machines round otherwise; delta is
-many times the rounding that was measured, and half of it is kept for this."""
+"""The share of delta that a recomputed margin must exceed, and by which boxes are widened again. Certificates are made
+in float32; delta is many times the rounding that was measured, and half of it is kept for this."""
 
 TOLERANCE = 1e-3
 """How far a recomputed margin m may lie from the stated one, in units of 1 + |m|."""
 CLIMBING = 0.05
-"""The same where an ascent found the margin, which ends at another height in other batches."""
+"""The same where an ascent found the margin and has to find it again."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,16 @@ class Recheck:
     Attributes:
         n: samples.
         certified: of these, certified, and proven again.
+        by_reference: of these, bounded by the plain reference; all or none.
+        reason: why the network could not be read by the reference; None where it could.
         largest_difference: the largest difference of a margin from the stated one.
         seconds: wall time.
     """
 
     n: int
     certified: int
+    by_reference: int
+    reason: str | None
     largest_difference: float
     seconds: float
 
@@ -53,24 +62,26 @@ def recheck(
     images: ImageSet,
     *,
     limit: int | None = None,
-    batch: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> Recheck:
-    """Prove again what ``folder/certificates.jsonl`` claims, with the ball and the slack that it states.
+    """Prove again what ``folder/certificates.jsonl`` claims, with the ball, the policy and the slack that it states.
 
-    Each sample is bounded by the method that its line names, an unproven one by the method that was asked for.
+    All is computed in float64, one sample at a time: by reference code that shares nothing with the bounds that made
+    the file (`_plain_network` says how) and takes slopes as they are stored, or, for a network with other operations
+    than affine ones and ReLU or with larger matrices than `MOST_NONZEROS`, by those bounds themselves. Techniques are
+    intersected as they were, up to the one that a sample's line names, or until they give what it claims; the margin
+    of an unproven sample is not compared if only an ascent could reach it, since nothing rests on it.
 
     Args:
         net: the network of ``folder/model.safetensors``, as `swiftsure.load` returns it.
         folder: holds certificates.jsonl and model.safetensors.
         images: the set that was certified: the same images and labels in the same order.
         limit: only the first so many samples; None: all.
-        batch: as in `certify`; it need not be what the file was made with.
-        tolerance: margins may differ by this times 1 + |margin|; those of alpha-crown by `CLIMBING`.
+        tolerance: margins may differ by this times 1 + |margin|.
 
     Raises:
-        InputError: the file cannot be trusted, weights or data are not those it was made with, or what it says of
-            a sample is not what comes out, without promising too much.
+        InputError: the file cannot be trusted, weights, data or thresholds are not those it was made with, or what it
+            says of a sample is not what comes out, without promising too much.
         SoundnessError: a certified sample cannot be proven again, or costs more than the file promises.
     """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -79,36 +90,170 @@ def recheck(
     folder = Path(folder)
     stated = read(folder)
     _check_weights(net, folder, stated.weights_sha256)
+    _check_policy(net, folder, stated)
     if images.sha256() != stated.data_sha256:
         raise InputError(
             f"these {len(images)} images are not the {len(stated.certificate)} that {folder / NAME} is about; "
             "pass the same images and labels in the same order"
         )
-    claimed = stated.certificate
     count = len(images) if limit is None else min(limit, len(images))
+    prover, reason = _prover(net, tuple(images.batch(slice(0, 1))[0].shape[1:]))
     largest = 0.0
-    for index in torch.arange(count).split(CHUNK):
-        x, _ = images.batch(index)
-        # By method, so that a margin near delta is never compared with one of another technique.
-        for name in sorted({claimed.method[i] for i in index.tolist()}):
-            here = torch.tensor([claimed.method[i] == name for i in index.tolist()])
-            chosen = index[here]
-            # What a proof rests on is all that had been tried by then: its own technique and the cheaper ones.
-            names = _techniques(claimed.asked)
-            fresh = certify_by(
-                names if name == UNPROVEN else names[: names.index(name) + 1],
-                net,
-                x[here],
-                claimed.label[chosen],
-                claimed.ball,
-                claimed.policy,
-                asked=claimed.asked,
-                delta=NEEDED * claimed.delta,
-                batch=batch,
-                frugal=name == UNPROVEN and claimed.asked == "auto",
+    with progress("recheck", count) as advance:
+        for index in range(count):
+            if image_sha256(images, index) != stated.image_sha256[index]:
+                raise InputError(f"{NAME}: sample {index} is about another image")
+            bounds = prover.sample(images.batch(slice(index, index + 1))[0][0], stated.certificate.ball)
+            again = _Again(stated.certificate, index, bounds, prover, tolerance)
+            largest = max(largest, again.compare())
+            advance(1)
+    return Recheck(
+        n=count,
+        certified=int(stated.certificate.certified[:count].sum()),
+        by_reference=count if reason is None else 0,
+        reason=reason,
+        largest_difference=largest,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _prover(net: nn.Module, shape: tuple[int, ...]) -> tuple[Prover, str | None]:
+    """The reference if it can read the network, else the ordinary bounds, and why."""
+    try:
+        return PlainProver(read_plainly(net, shape)), None
+    except Unreadable as why:
+        return DoubleProver(net, shape), str(why)
+
+
+class _Again:
+    """One sample, bounded again.
+
+    Args:
+        claimed: what the file says.
+        index: which sample.
+        bounds: over the ball around its image.
+        prover: where they come from.
+        tolerance: of margins.
+    """
+
+    def __init__(
+        self, claimed: Certificate, index: int, bounds: SampleBounds, prover: Prover, tolerance: float
+    ) -> None:
+        self.claimed, self.index, self.bounds, self.prover = claimed, index, bounds, prover
+        self.certified = bool(claimed.certified[index])
+        self.margin = float(claimed.margin[index])
+        self.method, self.label = claimed.method[index], int(claimed.label[index])
+        self.exits = [int(exit) for exit in claimed.required[index].nonzero()]
+        self.max_exit, self.max_macs = int(claimed.max_exit[index]), int(claimed.max_macs[index])
+        self.slopes = claimed.slopes[index]
+        # What is misclassified as it is has no margin, and is bounded for its cost about what the network answers.
+        right = self.certified or math.isfinite(self.margin)
+        self.about = self.label if right else answer_plainly(bounds.logits, claimed.policy)
+        self.tried, self.climbed = 0, False
+        self.tolerance = tolerance
+
+    def compare(self) -> float:
+        """The difference of the margin, once what the file says lies between what is proven and what may be.
+
+        Raises:
+            SoundnessError, InputError: as `recheck`.
+        """
+        for boxes in self._ladder():
+            found = self._walk(boxes, NEEDED)
+            fault = self._fault(found)
+            if fault is None and not self._falls_short(found):
+                break
+        if fault is None and self._falls_short(found) and not self._needs_ascent:
+            fault = self._other_margin(found)
+        doubted = self._walk(boxes, 2 - NEEDED)
+        fault = fault or self._slighted(doubted)
+        if fault is not None:
+            raise fault
+        if not math.isfinite(self.margin) or self._falls_short(found):
+            return 0.0
+        apart = (self.margin - found.margin, doubted.margin - self.margin)
+        return max([0.0, *(value for value in apart if math.isfinite(value))])
+
+    def _ladder(self) -> Iterator[list[Box]]:
+        """Boxes that are narrowed by one technique after the other, from the one on that the line names."""
+        names = list(_techniques(self.claimed.asked))
+        classes = len(self.bounds.logits[0])
+        whole = np.full(classes, np.inf)
+        boxes = [(-whole, whole)] * len(self.bounds.logits)
+        named = 0 if self.method == UNPROVEN else names.index(self.method)
+        if self.method == UNPROVEN:
+            yield boxes
+        for number, name in enumerate(names):
+            narrower = self.bounds.differences(name, self.about, self.slopes)
+            boxes = [
+                (np.fmax(low, more_low), np.fmin(high, more_high))
+                for (low, high), (more_low, more_high) in zip(boxes, narrower, strict=True)
+            ]
+            self.tried = number + 1
+            self.climbed = name == "alpha-crown" and not self.prover.reads_slopes
+            if number >= named:
+                yield boxes
+
+    def _walk(self, boxes: list[Box], share: float) -> Walked:
+        return walk_plainly(boxes, self.about, self.claimed.policy, share * self.claimed.delta)
+
+    @property
+    def _what(self) -> str:
+        return f"{NAME}: sample {self.index} (label {self.label})"
+
+    def _allowed(self, margin: float) -> float:
+        return (max(self.tolerance, CLIMBING) if self.climbed else self.tolerance) * (1 + abs(margin))
+
+    def _fault(self, found: Walked) -> Exception | None:
+        """What the file promises too much, given the best that is proven."""
+        needed = NEEDED * self.claimed.delta
+        if self.certified and not found.margin > needed:
+            return SoundnessError(
+                f"{self._what} is certified by {self.method} with margin {self.margin:.6g}, but cannot be proven "
+                f"again: its margin is {found.margin:.6g}; needed: more than {needed:.3g}"
             )
-            largest = max(largest, _compare(claimed, fresh, chosen, tolerance))
-    return Recheck(count, int(claimed.certified[:count].sum()), largest, time.perf_counter() - start)
+        if found.max_exit > self.max_exit:
+            return SoundnessError(
+                f"{self._what} states the largest exit as {self.max_exit}, but it is {found.max_exit}"
+            )
+        if not set(found.required) <= set(self.exits):
+            return SoundnessError(
+                f"{self._what} states that images leave by exits {self.exits}, but they may by {found.required}"
+            )
+        macs = self.prover.macs[self.max_exit]
+        if self.max_macs != macs:
+            line = f"{self._what} states the largest MACs as {self.max_macs}, but exit {self.max_exit} costs {macs}"
+            return SoundnessError(line) if self.max_macs < macs else InputError(line)
+        return None
+
+    def _falls_short(self, found: Walked) -> bool:
+        """Whether a margin is less than the stated one; -inf states nothing."""
+        if math.isinf(self.margin):
+            return found.margin < self.margin
+        return found.margin < self.margin - self._allowed(self.margin)
+
+    @property
+    def _needs_ascent(self) -> bool:
+        """Whether an ascent whose slopes were not kept may have found the margin of a sample that is not proven."""
+        return not self.certified and self.slopes is None and "alpha-crown" in _techniques(self.claimed.asked)
+
+    def _slighted(self, found: Walked) -> InputError | None:
+        """What the file states as worse than the least that is proven: no danger, but not what was computed."""
+        if not self.tried or self.climbed:
+            return None
+        if found.max_exit < self.max_exit or not set(self.exits) <= set(found.required):
+            return InputError(
+                f"{self._what} states exits {self.exits} and the last as {self.max_exit}, but they are "
+                f"{found.required} and {found.max_exit}"
+            )
+        if math.isfinite(self.margin) and found.margin > self.margin + self._allowed(self.margin):
+            return self._other_margin(found)
+        return None
+
+    def _other_margin(self, found: Walked) -> InputError:
+        return InputError(
+            f"{self._what} has margin {self.margin:.6g} in the file, but it is {found.margin:.6g}"
+        )
 
 
 def _check_weights(net: nn.Module, folder: Path, stated: str) -> None:
@@ -132,33 +277,14 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.contiguous().view(-1).view(torch.uint8), second.view(-1).view(torch.uint8))
 
 
-def _compare(claimed: Certificate, fresh: Certificate, index: Tensor, tolerance: float) -> float:
-    """The largest difference of a margin, once every verdict holds. ``index``: which samples of the file."""
-    columns = (fresh.certified, fresh.margin, fresh.max_exit, fresh.max_macs)
-    largest = 0.0
-    for i, proven, margin, max_exit, max_macs in zip(
-        index.tolist(), *(column.tolist() for column in columns), strict=True
-    ):
-        sample = f"{NAME}: sample {i} (label {int(claimed.label[i])})"
-        stated = float(claimed.margin[i])
-        if claimed.certified[i] and not proven:
-            raise SoundnessError(
-                f"{sample} is certified by {claimed.method[i]} with margin {stated:.6g}, but cannot be proven again: "
-                f"its margin is {margin:.6g}; needed: more than {NEEDED * claimed.delta:.3g}"
-            )
-        for what, promise, cost in (
-            ("exit", int(claimed.max_exit[i]), max_exit),
-            ("MACs", int(claimed.max_macs[i]), max_macs),
-        ):
-            if promise != cost:
-                line = f"{sample} states the largest {what} as {promise}, but it is {cost}"
-                raise SoundnessError(line) if promise < cost else InputError(line)
-        if math.isfinite(stated) and math.isfinite(margin):
-            difference = abs(margin - stated)
-            # An ascent ends at another height in other batches.
-            technique = claimed.asked if claimed.method[i] == UNPROVEN else claimed.method[i]
-            allowed = max(tolerance, CLIMBING) if technique in ("auto", "alpha-crown") else tolerance
-            if difference > allowed * (1 + abs(margin)):
-                raise InputError(f"{sample} has margin {stated:.6g} in the file, but it is {margin:.6g}")
-            largest = max(largest, difference)
-    return largest
+def _check_policy(net: nn.Module, folder: Path, stated: CertificateFile) -> None:
+    policy = getattr(net, "policy", None)
+    own = policy if isinstance(policy, Policy) and policy.exits > 1 else None
+    if policy_sha256(own) != stated.policy_sha256:
+        now, then = (
+            "none" if one is None else f"{one.rule} {list(one.thresholds)}"
+            for one in (own, stated.certificate.policy)
+        )
+        raise InputError(
+            f"the network's thresholds are {now}, those that {folder / NAME} is about {then}; certify the new ones"
+        )

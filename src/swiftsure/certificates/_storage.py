@@ -1,7 +1,8 @@
 """certificates.jsonl: a header line, one line a sample, and a digest of all bytes before it.
 
 The digest notices damage: a flipped bit, a lost line, a careless edit. It is no signature; whoever forges a verdict can
-compute it anew, and `recheck` is what finds that out.
+compute it anew, and `recheck` is what finds that out. Slopes that a recomputation needs stand beside it, in
+certificates.safetensors, whose digest is in the header.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,8 @@ import torch
 
 from swiftsure import files
 from swiftsure.ball import Ball
-from swiftsure.certificates._certify import METHODS, UNPROVEN, Certificate
+from swiftsure.certificates._certify import METHODS, UNPROVEN, Certificate, SampleSlopes
+from swiftsure.certificates._slopes import SLOPES_NAME, DamagedSlopes, packed, unpacked
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError
 from swiftsure.exits import Policy
@@ -39,6 +41,7 @@ _HEADER: dict[str, Types] = {
     "data_sha256": (str,),
     "policy": (dict, type(None)),
     "policy_sha256": (str, type(None)),
+    "slopes_sha256": (str, type(None)),
     "ball": (dict,),
     "method": (str,),
     "delta": (float,),
@@ -67,6 +70,8 @@ class CertificateFile:
         weights_sha256: of model.safetensors beside it.
         data_sha256: of the certified images and labels, as ``ImageSet.sha256``.
         policy_sha256: of rule and thresholds; None for one exit, which has none.
+        slopes_sha256: of certificates.safetensors beside it; None where no proof needs slopes.
+        image_sha256: for each sample the digest of its image, as `image_sha256` gives it.
         versions: of swiftsure, torch and Python when it was written.
     """
 
@@ -74,11 +79,13 @@ class CertificateFile:
     weights_sha256: str
     data_sha256: str
     policy_sha256: str | None
+    slopes_sha256: str | None
+    image_sha256: Sequence[str]
     versions: Mapping[str, str]
 
 
 def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> None:
-    """Write ``folder/certificates.jsonl`` beside the weights that it is about, atomically.
+    """Write ``folder/certificates.jsonl`` beside the weights that it is about, and its slopes, each atomically.
 
     Args:
         folder: holds model.safetensors, the certified network.
@@ -97,6 +104,7 @@ def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> Non
         raise InputError(
             f"{len(certificate)} certificates but {len(images)} images; there must be one an image"
         )
+    slopes = packed(certificate.slopes)
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -105,6 +113,7 @@ def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> Non
         "data_sha256": images.sha256(),
         "policy": None if certificate.policy is None else certificate.policy.as_dict(),
         "policy_sha256": policy_sha256(certificate.policy),
+        "slopes_sha256": None if slopes is None else hashlib.sha256(slopes).hexdigest(),
         "ball": {
             key: value if key == "norm" else float(value) for key, value in certificate.ball.as_dict().items()
         },
@@ -139,15 +148,21 @@ def write(folder: str | Path, certificate: Certificate, images: ImageSet) -> Non
         )
         lines.append(_line(dict(zip(_SAMPLE, values, strict=True))))
     body = b"".join(lines)
+    # First the slopes: a kill in between leaves certificates that say that their slopes are others'.
+    if slopes is not None:
+        with files.atomic(folder / SLOPES_NAME) as temporary:
+            temporary.write_bytes(slopes)
     with files.atomic(folder / NAME) as temporary:
         temporary.write_bytes(body + _digest(body))
+    if slopes is None:
+        (folder / SLOPES_NAME).unlink(missing_ok=True)
 
 
 def read(folder: str | Path) -> CertificateFile:
-    """The certificates of a folder, once every byte of the file is accounted for.
+    """The certificates of a folder, once every byte of the file and of its slopes is accounted for.
 
     Raises:
-        InputError: no such file, or it is damaged, truncated, edited, foreign, or contradicts itself.
+        InputError: no such file, or it or its slopes are damaged, truncated, edited, foreign, or contradict themselves.
     """
     path = Path(folder) / NAME
     try:
@@ -157,7 +172,7 @@ def read(folder: str | Path) -> CertificateFile:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        return _parse(content)
+        return _parse(content, path.with_name(SLOPES_NAME))
     except _Fault as fault:
         raise InputError(f"{path} cannot be trusted: {fault}; `swiftsure certify` writes it anew") from None
 
@@ -193,7 +208,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _parse(content: bytes) -> CertificateFile:
+def _parse(content: bytes, slopes: Path) -> CertificateFile:
     lines = content.splitlines(keepends=True)
     if not lines or f'"{FORMAT}"'.encode() not in lines[0]:
         raise _Fault(f"it was not written by swiftsure (no 'format': {FORMAT!r})")
@@ -219,10 +234,11 @@ def _parse(content: bytes) -> CertificateFile:
     samples = [_table(line, _SAMPLE, f"sample {index}") for index, line in enumerate(lines[1:-1])]
     for index, sample in enumerate(samples):
         _check_sample(index, sample, header)
+    exits = 1 if policy is None else policy.exits
     certificate = Certificate(
         certified=torch.tensor([sample["certified"] for sample in samples], dtype=torch.bool),
         margin=torch.tensor([_margin(sample) for sample in samples], dtype=torch.float64),
-        required=_required(samples, 1 if policy is None else policy.exits),
+        required=_required(samples, exits),
         max_exit=torch.tensor([sample["max_exit"] for sample in samples], dtype=torch.int64),
         max_macs=torch.tensor([sample["max_macs"] for sample in samples], dtype=torch.int64),
         method=[sample["method"] for sample in samples],
@@ -231,9 +247,26 @@ def _parse(content: bytes) -> CertificateFile:
         policy=policy,
         asked=header["method"],
         delta=header["delta"],
+        slopes=_slopes(slopes, header, exits),
     )
-    digests = (header["weights_sha256"], header["data_sha256"], header["policy_sha256"])
-    return CertificateFile(certificate, *digests, header["versions"])
+    names = ("weights_sha256", "data_sha256", "policy_sha256", "slopes_sha256", "versions")
+    images = [sample["image"] for sample in samples]
+    return CertificateFile(certificate, image_sha256=images, **{name: header[name] for name in names})
+
+
+def _slopes(path: Path, header: Mapping[str, Any], exits: int) -> Sequence[SampleSlopes | None]:
+    if header["slopes_sha256"] is None:
+        return [None] * header["n"]
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise _Fault(f"its slopes, {path.name} beside it, cannot be read") from None
+    if hashlib.sha256(content).hexdigest() != header["slopes_sha256"]:
+        raise _Fault(f"its slopes, {path.name} beside it, are not those that it was written with")
+    try:
+        return unpacked(content, header["n"], exits)
+    except DamagedSlopes as error:
+        raise _Fault(f"its slopes, {path.name} beside it: {error}") from None
 
 
 def _table(line: bytes, types: Mapping[str, Types], where: str) -> dict[str, Any]:
