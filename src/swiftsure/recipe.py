@@ -213,6 +213,7 @@ class Loss:
         interval_share: share of the proven weight that goes to intervals on the whole batch, in [0, 1]; the rest
             goes to `bound` on the k samples. A cheap bound on all and a tight one on a few is ours, not the paper's.
         tight_from: epochs before `bound` joins; until then the whole proven weight goes to intervals, which are cheap.
+        weights: of the exits, one for each; null: 1 for each, as in RDI-Nets.
         leaving: weight, in units of the proven term's, of the term by which side exits learn to leave provably where
             their label is proven, and to stay silent where it is not; needs exits.thresholds. Ours.
         mixing: the weight of the proven term.
@@ -227,6 +228,7 @@ class Loss:
     k: int | None = 1
     interval_share: float = 0.0
     tight_from: int = 0
+    weights: list[float] | None = None
     leaving: float = 0.0
     mixing: Mixing = field(default_factory=Mixing)
     attack: Attack = field(default_factory=Attack)
@@ -239,6 +241,10 @@ class Loss:
         _require(self.tight_from >= 0, f"loss.tight_from is {self.tight_from}; allowed: epochs >= 0")
         _require(self.clean is None or self.clean >= 0, f"loss.clean is {self.clean}; allowed: >= 0, or null")
         _require(self.attacked >= 0 and self.l1 >= 0, "loss.attacked and loss.l1 must be >= 0")
+        _require(
+            self.weights is None or all(0 <= weight < math.inf for weight in self.weights),
+            f"loss.weights is {self.weights}; allowed: finite numbers >= 0, one for each exit",
+        )
         _require(self.leaving >= 0, f"loss.leaving is {self.leaving}; allowed: >= 0")
         _require(
             self.proven or self.attacked > 0 or self.clean is None or self.clean > 0,

@@ -197,7 +197,13 @@ def fit(
 
 
 def _leaving(loss: Loss, exits: Exits | None, count: int) -> Leaving | None:
-    """The thresholds that side exits are trained towards; None where the recipe asks for no such term."""
+    """The thresholds that side exits are trained towards; None where the recipe asks for no such term.
+
+    Raises:
+        InputError: numbers for exits that do not fit the network.
+    """
+    if loss.weights is not None and len(loss.weights) != count:
+        raise InputError(f"loss.weights has {len(loss.weights)} numbers; allowed: {count}, one for each exit")
     if not loss.proven or loss.leaving == 0 or count == 1:
         return None
     if exits is None or exits.thresholds is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.bounds import TECHNIQUES, Region, class_count, difference_bounds, technique, trace
 from swiftsure.bounds.graph import Graph
@@ -20,14 +21,32 @@ from swiftsure.training.statistics import BatchStatistics
 AttackOnBatch = Callable[[nn.Module, Tensor, Tensor, Ball], Tensor]
 
 
-def classification_loss(logits: Tensor | tuple[Tensor, ...], y: Tensor) -> Tensor:
-    """Cross-entropy of logits (batch, classes), or the sum of it over a tuple of exits: a scalar."""
-    exits = (logits,) if isinstance(logits, Tensor) else logits
-    return torch.stack([F.cross_entropy(exit_, y) for exit_ in exits]).sum()
+def classification_loss(
+    logits: Tensor | tuple[Tensor, ...], y: Tensor, weights: Sequence[float] | None = None
+) -> Tensor:
+    """Cross-entropy of logits (batch, classes), or the sum of it over a tuple of exits: a scalar.
+
+    Args:
+        weights: of the exits; None: 1 for each.
+    """
+    return _summed([F.cross_entropy(z, y) for z in as_exits(logits)], weights)
+
+
+def _summed(parts: Sequence[Tensor], weights: Sequence[float] | None) -> Tensor:
+    """One scalar for each exit, weighed and added."""
+    if weights is not None:
+        parts = [weight * part for weight, part in zip(weights, parts, strict=True)]
+    return torch.stack(list(parts)).sum()
 
 
 def worst_case_loss(
-    net: nn.Module, x: Tensor, y: Tensor, ball: Ball, method: str, leaving: Leaving | None = None
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    method: str,
+    leaving: Leaving | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Cross-entropy of the worst case over the ball: of minus the lower bounds of the margins, summed over exits.
 
@@ -39,14 +58,13 @@ def worst_case_loss(
         ball: the threat model.
         method: a bound technique, or "best" for the tighter of interval and symbolic at each margin.
         leaving: thresholds of side exits, for the term by which they learn to leave or stay provably; None: without.
+        weights: of the exits; None: 1 for each.
     """
     graph = trace(net, x)
     bound = best if method == "best" else technique(method)
     found = difference_bounds(bound, graph, Region(x, ball), y, upper=leaving is not None)
-    parts = [F.cross_entropy(-low, y) for low, _ in found]
-    if leaving is not None:
-        parts.append(leaving.weight * leaving_loss(found, y, leaving))
-    return torch.stack(parts).sum()
+    total = _summed([F.cross_entropy(-low, y) for low, _ in found], weights)
+    return total if leaving is None else total + leaving.weight * leaving_loss(found, y, leaving)
 
 
 def best(
@@ -107,19 +125,19 @@ def three_term_loss(
         with statistics.recorded():
             logits = net(x)
         if clean > 0:
-            parts.append(clean * classification_loss(logits, y))
+            parts.append(clean * classification_loss(logits, y, loss.weights))
     if attacked > 0 or bounded > 0:
         with statistics.frozen():
             if attacked > 0:
                 assert attack is not None
                 x_adv = attack(net, x, y, ball)
-                parts.append(attacked * classification_loss(net(x_adv), y))
+                parts.append(attacked * classification_loss(net(x_adv), y, loss.weights))
             if bounded > 0 and loss.interval_share < 1:
                 chosen = draw(len(x), loss.k, generator)
-                tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound, leaving)
+                tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound, leaving, loss.weights)
                 parts.append(bounded * (1 - loss.interval_share) * tight)
             if bounded > 0 and loss.interval_share > 0:
-                cheap = worst_case_loss(net, x, y, ball, "interval", leaving)
+                cheap = worst_case_loss(net, x, y, ball, "interval", leaving, loss.weights)
                 parts.append(bounded * loss.interval_share * cheap)
     total = torch.stack(parts).sum()
     if loss.l1 > 0:
