@@ -17,7 +17,7 @@ model: {name: digits_small}
 ball: {eps: 0.02}
 loss: {k: 1, mixing: {controller: geometric, gate: 0.8}}
 schedule: {epochs: 3, batch: 150, ramp: 1, check_images: 10, check_steps: 1}
-evaluate: {limit: 60}
+evaluate: {limit: 60, guards: 0}
 """
 
 

@@ -142,6 +142,7 @@ def test_evaluate_joins_all_parts(folder: Path) -> None:
     table = samples.read(folder)
     assert list(table) == [
         *("index", "label", "prediction", "correct", "attack:fgsm", "attack:pgd40", "attack:union"),
+        *("attack_8bit:fgsm", "attack_8bit:pgd40", "attack_8bit:union"),
         *(f"verified:{name}" for name in sorted(TECHNIQUES)),
         *("certified", "margin", "max_exit", "max_macs"),
     ]

@@ -39,14 +39,14 @@ def evaluate(options: Namespace) -> None:
     """swiftsure evaluate."""
     with _memory(options):
         measured = evaluation.evaluate_run(
-            options.run, suite=options.suite, method=options.method, **_choice(options)
+            options.run, method=options.method, **_attacks(options), **_choice(options)
         )
     print_measured(measured)
 
 
 def attack(options: Namespace) -> None:
     """swiftsure attack."""
-    print_measured(evaluation.attack_run(options.run, suite=options.suite, **_choice(options)), "attacked")
+    print_measured(evaluation.attack_run(options.run, **_attacks(options), **_choice(options)), "attacked")
 
 
 def certify(options: Namespace) -> None:
@@ -115,18 +115,25 @@ def recheck(options: Namespace) -> None:
     if not bool((stated.certificate.label == labels).all()):
         raise InputError(f"{options.run} holds certificates for other labels than the test set's")
     with _memory(options):
-        found = certificates.recheck(subject.net, subject.folder, subject.images)
+        found = certificates.recheck(subject.net, subject.folder, subject.images, limit=options.limit)
     verified = subject.results["verified"]
-    if verified and verified["n"] == found.n and verified["ball"] == subject.ball.as_dict():
+    if verified and verified["n"] == found.n == subject.n and verified["ball"] == subject.ball.as_dict():
         count = round(verified["accuracy"] * found.n)
         if count != found.certified:
             raise InputError(
                 f"results.json states {count} verified samples, the certificates {found.certified}"
             )
     print(
-        f"{found.certified} of {found.n} samples are certified, and proven again; "
-        f"margins differ by at most {found.largest_difference:.2g} ({found.seconds:.1f} s)"
+        f"{found.certified} of {found.n} samples are certified, and proven again; margins differ by at most "
+        f"{found.largest_difference:.2g} ({found.seconds:.1f} s)"
     )
+    if found.reason is None:
+        print(f"computed by the plain reference in float64: {found.by_reference} samples")
+    else:
+        print(
+            f"computed by the bounds of certify in float64: {found.n} samples; the plain reference does not read this "
+            f"network: {found.reason}"
+        )
 
 
 def report(options: Namespace) -> None:
@@ -182,11 +189,7 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
         )
         lines.append(f"clean     {_percent(clean['accuracy'])}")
     if only in (None, "attacked") and attacked:
-        each = ", ".join(f"{name} {_percent(value).strip()}" for name, value in attacked["accuracy"].items())
-        lines.append(
-            f"attacked  {_percent(attacked['accuracy']['union'])}  suite {attacked['suite']}: {each}"
-            f"  ({found['seconds']['attack']:.1f} s)"
-        )
+        lines += _attacked(found)
     if only in (None, "verified") and verified:
         by = ", ".join(f"{count:,} by {name}" for name, count in verified["by"].items())
         lines.append(
@@ -207,6 +210,38 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
     print("\n".join(lines))
 
 
+def _attacked(found: dict[str, Any]) -> list[str]:
+    """The union, what the guards say of it, and a line for each attack."""
+    attacked, seconds, macs = found["attacked"], found["seconds"].get("by_attack", {}), found["macs"]
+    forced, rounded = macs.get("by_attack", {}), attacked.get("accuracy_8bit")
+    guards = attacked.get(
+        "guards", {"verdict": "not evaluated", "reason": "measured before there were guards"}
+    )
+    lines = [
+        f"attacked  {_percent(attacked['accuracy']['union'])}  suite {attacked['suite']}: right under every attack"
+        f"  ({found['seconds']['attack']:.1f} s)",
+        f"          {guards['verdict']}: {guards['reason']}",
+    ]
+    table = [["attack", "right", "8-bit", "seconds", "multiply-adds"]]
+    for name, value in attacked["accuracy"].items():
+        table.append(
+            [
+                "all together" if name == "union" else name,
+                _percent(value).strip(),
+                _percent(rounded[name]).strip() if rounded else "",
+                f"{seconds[name]:.1f}" if name in seconds else "",
+                f"{forced[name]:,.0f}" if name in forced else "",
+            ]
+        )
+    slow = [name for name in forced if name not in attacked["accuracy"]]
+    table += [[name, "", "", f"{seconds[name]:.1f}", f"{forced[name]:,.0f}"] for name in slow]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *cells in table:
+        row = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append(f"          {name.ljust(widths[0])}  {row}".rstrip())
+    return lines
+
+
 def _usage(found: dict[str, Any]) -> list[str]:
     """How images use the exits: a line for clean ones, and one each for those made to be wrong and to be slow."""
     lines = []
@@ -225,6 +260,11 @@ def _percent(share: float) -> str:
 def _memory(options: Namespace) -> AbstractContextManager[None]:
     """The limit of memory for bounds that was asked for, if any."""
     return memory.limited(None if options.memory is None else memory.parse(options.memory))
+
+
+def _attacks(options: Namespace) -> dict[str, Any]:
+    """The options of attacks."""
+    return {"suite": options.suite, "transfer": options.transfer, "guards": options.guards}
 
 
 def _choice(options: Namespace) -> dict[str, Any]:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 import swiftsure.files as files
-from swiftsure import certificates, examples, report, results, run, samples, usage
-from swiftsure.attacks import SUITE_NAMES, SuiteResult, attacks_for, run_suite
-from swiftsure.certificates import METHODS, Certificate, certify, certifying
+from swiftsure import certificates, examples, report, results, run, run_attacks, samples, usage
+from swiftsure.attacks import SUITE_NAMES
+from swiftsure.certificates import METHODS, Certificate, certify
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError, SoundnessError
 from swiftsure.exits import Answer, MultiExit, adaptive_latency_ms, latency_ms, parameters, static_macs
 from swiftsure.models.storage import WEIGHTS
+from swiftsure.run_attacks import Attacked
 from swiftsure.samples import Table
 from swiftsure.subject import BATCH, Subject, open_subject
 
@@ -49,12 +50,21 @@ class Measured:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -> Measured:
+def attack_run(
+    folder: str | Path,
+    *,
+    suite: str | None = None,
+    transfer: Sequence[str | Path] = (),
+    guards: int | None = None,
+    **choice: Any,
+) -> Measured:
     """Attack a run's network; writes its part of results.json, its columns of samples.csv, and examples.npz.
 
     Args:
         folder: a run directory.
         suite: one of `swiftsure.attacks.SUITE_NAMES`; None: the recipe's.
+        transfer: run directories of other networks for the same images, to attack from as well.
+        guards: how many samples the guards ask about, 0 for no guards; None: the recipe's.
         choice: limit, eps, device, model and data_root, as `open_subject` takes them.
 
     Raises:
@@ -67,14 +77,9 @@ def attack_run(folder: str | Path, *, suite: str | None = None, **choice: Any) -
     proven = _certificates_at_hand(subject)
     answers = subject.answers()
     clean = _clean_columns(subject, answers)
-    found = _attack(subject, suite)
-    worst = subject.answers(found.worst)
-    parts = [
-        _attack_parts(subject, found, clean),
-        usage.parts(subject, answers, worst, usage.slowed(subject)),
-    ]
-    table = {**clean, **_attack_columns(found), **proven}
-    return _publish(subject, _joined(parts), table, found, worst)
+    attacked = _attack(subject, suite, transfer, guards)
+    table = {**clean, **run_attacks.columns(attacked), **proven}
+    return _publish(subject, _joined(_attack_parts(subject, attacked, answers, clean)), table, attacked)
 
 
 def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any) -> Measured:
@@ -96,7 +101,7 @@ def certify_run(folder: str | Path, *, method: str | None = None, **choice: Any)
     clean = _clean_columns(subject, answers)
     certificate, seconds = _certify(subject, method)
     measured = {**clean, **_proven_columns(certificate)}
-    table = samples.join(standing, measured, [name for name in standing if samples.is_attacked(name)])
+    table = samples.join(standing, measured, [name for name in standing if samples.is_of_attacks(name)])
     parts = [_certify_parts(subject, certificate, seconds, clean), usage.parts(subject, answers)]
     return _publish(subject, _joined(parts), table, certificate=certificate)
 
@@ -117,7 +122,13 @@ def measure_run(folder: str | Path, **choice: Any) -> Measured:
 
 
 def evaluate_run(
-    folder: str | Path, *, suite: str | None = None, method: str | None = None, **choice: Any
+    folder: str | Path,
+    *,
+    suite: str | None = None,
+    method: str | None = None,
+    transfer: Sequence[str | Path] = (),
+    guards: int | None = None,
+    **choice: Any,
 ) -> Measured:
     """Certify, attack and measure a run's network on the same images and ball, and draw its page.
 
@@ -132,17 +143,14 @@ def evaluate_run(
     answers = subject.answers()
     clean = _clean_columns(subject, answers)
     certificate, seconds = _certify(subject, method)
-    parts = [_certify_parts(subject, certificate, seconds, clean)]
-    table = {**clean, **_proven_columns(certificate)}
-    found = _attack(subject, suite)
-    worst = subject.answers(found.worst)
-    parts += [
-        _attack_parts(subject, found, clean),
-        usage.parts(subject, answers, worst, usage.slowed(subject)),
+    attacked = _attack(subject, suite, transfer, guards)
+    parts = [
+        _certify_parts(subject, certificate, seconds, clean),
+        *_attack_parts(subject, attacked, answers, clean),
         _measure_parts(subject),
     ]
-    table = {**table, **_attack_columns(found)}
-    measured = _publish(subject, _joined(parts), table, found, worst, certificate)
+    table = {**clean, **_proven_columns(certificate), **run_attacks.columns(attacked)}
+    measured = _publish(subject, _joined(parts), table, attacked, certificate)
     page = report.page([subject.folder], subject.folder / PAGE)
     return replace(measured, page=page)
 
@@ -177,28 +185,11 @@ def _clean_columns(subject: Subject, answers: Answer) -> Table:
     )
 
 
-def _attack(subject: Subject, suite: str) -> SuiteResult:
-    x, y = subject.images.batch(slice(None))
-    done: dict[str, int] = {}
-    # The arithmetic of the certificates: an attack on another one would break what was never promised.
-    attacks = attacks_for(suite, subject.exits, subject.images.shape[0])
-    with progress("attack", subject.n * len(attacks)) as advance, certifying(subject.net):
-
-        def step(name: str, count: int, total: int) -> None:
-            advance(count - done.get(name, 0))
-            done[name] = count
-
-        return run_suite(
-            subject.net,
-            x,
-            y,
-            subject.ball,
-            suite,
-            seed=subject.recipe.seed,
-            judge=subject.judge,
-            attacks=attacks,
-            progress=step,
-        )
+def _attack(subject: Subject, suite: str, transfer: Sequence[str | Path], guards: int | None) -> Attacked:
+    guards = subject.recipe.evaluate.guards if guards is None else guards
+    if isinstance(guards, bool) or not isinstance(guards, int) or guards < 0:
+        raise InputError(f"guards is {guards!r}; allowed: a number of samples, or 0 for none")
+    return run_attacks.attack(subject, suite, transfer, guards)
 
 
 def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
@@ -228,11 +219,6 @@ def _certify(subject: Subject, method: str) -> tuple[Certificate, float]:
     return whole, perf_counter() - began
 
 
-def _attack_columns(found: SuiteResult) -> Table:
-    columns = {**found.broken, "union": found.union}
-    return {f"attack:{name}": broken.cpu().numpy().astype(np.int64) for name, broken in columns.items()}
-
-
 def _proven_columns(certificate: Certificate) -> Table:
     margin = certificate.margin.cpu().double().numpy()
     table: Table = {
@@ -260,18 +246,15 @@ def _certificates_at_hand(subject: Subject) -> Table:
     return _proven_columns(file.certificate)
 
 
-def _attack_parts(subject: Subject, found: SuiteResult, clean: Table) -> dict[str, Any]:
-    attacked = {
-        "n": subject.n,
-        "ball": subject.ball.as_dict(),
-        "suite": found.suite,
-        "accuracy": found.accuracy,
-    }
-    return {
-        "clean": _clean_part(clean),
-        "attacked": attacked,
-        "seconds": {"attack": sum(found.seconds.values())},
-    }
+def _attack_parts(
+    subject: Subject, attacked: Attacked, answers: Answer, clean: Table
+) -> list[Mapping[str, Any]]:
+    slowed = attacked.slowed.dearest if attacked.slowed is not None else None
+    return [
+        {"clean": _clean_part(clean)},
+        run_attacks.parts(subject, attacked),
+        usage.parts(subject, answers, attacked.worst, slowed),
+    ]
 
 
 def _certify_parts(
@@ -312,8 +295,7 @@ def _publish(
     subject: Subject,
     parts: dict[str, Any],
     table: Table | None,
-    found: SuiteResult | None = None,
-    worst: Answer | None = None,
+    attacked: Attacked | None = None,
     certificate: Certificate | None = None,
 ) -> Measured:
     """Write what was measured: table, certificates and examples, then the guard, then results.json."""
@@ -335,14 +317,14 @@ def _publish(
         certificates.write(folder, certificate, subject.images)
     if table is not None:
         samples.write(folder, table)
-        if found is None or worst is None:
+        if attacked is None:
             examples.update(folder, table)
         else:
-            examples.write(folder, subject.images, table, found.worst, worst.label.numpy())
+            examples.write(folder, subject.images, table, attacked.found.worst, attacked.worst.label.numpy())
         samples.refuse_broken_certificates(folder, table)
     if unsound is not None:
         raise unsound
     files.write_json(folder / results.NAME, merged)
     name = subject.images.name + (f" ({subject.images.subset})" if subject.images.subset else "")
-    skipped = {} if found is None else found.skipped
+    skipped = {} if attacked is None else attacked.found.skipped
     return Measured(merged, name, parameters(subject.net), skipped=skipped)

@@ -128,7 +128,7 @@ def check(results: Any) -> None:
                 f"{NAME}: {summary} is {results[summary]!r}; allowed: that of {name}, {expected!r}"
             )
     if "attacked" in present:
-        _check_union(present["attacked"]["accuracy"])
+        _check_union(present["attacked"])
     if "verified" in present:
         _check_verified(present)
 
@@ -153,12 +153,20 @@ def _check_format(results: Any) -> None:
         raise InputError(f"{NAME}: {fault}")
 
 
-def _check_union(accuracy: Mapping[str, float]) -> None:
-    for attack, value in accuracy.items():
-        if accuracy["union"] > value + 1e-9:
+def _check_union(attacked: Mapping[str, Any]) -> None:
+    for part in ("accuracy", "accuracy_8bit"):
+        accuracy = attacked.get(part, {})
+        for attack, value in accuracy.items():
+            if accuracy["union"] > value + 1e-9:
+                raise InputError(
+                    f"{NAME}: attacked.{part}.union is {accuracy['union']}; allowed: at most that of any "
+                    f"attack, and {attack} left {value}"
+                )
+    for attack, value in attacked.get("accuracy_8bit", {}).items():
+        if value < attacked["accuracy"].get(attack, 0) - 1e-9:
             raise InputError(
-                f"{NAME}: attacked.accuracy.union is {accuracy['union']}; allowed: at most that of any "
-                f"attack, and {attack} left {value}"
+                f"{NAME}: attacked.accuracy_8bit.{attack} is {value}; allowed: at least attacked.accuracy, "
+                f"{attacked['accuracy'][attack]}, as images of 8 bits are some of all"
             )
 
 

@@ -6,6 +6,8 @@ prediction, correct    the class that the network gives the clean image, and whe
 exit, macs             with several exits: where the clean image leaves, from 0, and its multiply-adds
 attack:NAME            1 where that attack broke the sample; a sample wrong without attack counts as broken
 attack:union           1 where any did
+attack_8bit:NAME       1 where it did so with pixels that are multiples of 1/255, and attack_8bit:union
+slow_exit, slow_macs   with several exits: the latest exit, from 0, that attacks on the cost forced; multiply-adds
 verified:METHOD        1 where that bound method proved the sample
 certified, margin      1 where any did; the smallest lower bound of z_y - z_j
 max_exit, max_macs     the last exit that any image of the ball can reach, and its multiply-adds
@@ -34,9 +36,17 @@ _CLEAN = ("index", "label", "prediction", "correct", "exit", "macs")
 _PROVEN = ("certified", "margin", "max_exit", "max_macs")
 
 
+_SLOW = ("slow_exit", "slow_macs")
+
+
 def is_attacked(column: str) -> bool:
-    """Whether a column is of an attack."""
-    return column.startswith("attack:")
+    """Whether a column says which samples an attack broke."""
+    return column.startswith(("attack:", "attack_8bit:"))
+
+
+def is_of_attacks(column: str) -> bool:
+    """Whether a column is of attacks, on answers or on the cost."""
+    return is_attacked(column) or column in _SLOW
 
 
 def is_proven(column: str) -> bool:
@@ -113,19 +123,37 @@ def refuse_broken_certificates(folder: Path, table: Mapping[str, Column]) -> Non
     """The guard of every evaluation.
 
     Raises:
-        SoundnessError: names the samples that are certified and broken, and the attacks.
+        SoundnessError: names the samples that are certified and broken, and the attacks; or those that cost more,
+            attacked or not, than was proven to be the most.
     """
+    _refuse_broken_costs(folder, table)
     rows = broken_certificates(table)
     if not len(rows):
         return
     first = rows[0]
-    by = [name.removeprefix("attack:") for name in table if is_attacked(name) and table[name][first] == 1]
+    by = [name.partition(":")[2] for name in table if is_attacked(name) and table[name][first] == 1]
+    by = list(dict.fromkeys(by))
     by = [name for name in by if name != "union"] or ["no attack at all: its clean image is misclassified"]
     others = "" if len(rows) == 1 else f" (and {len(rows) - 1} more: {_some(table['index'][rows[1:]])})"
     raise SoundnessError(
         f"sample {table['index'][first]} is certified, yet broken by {', '.join(by)}{others}; this is a defect of "
         f"swiftsure, and {folder / NAME} has the rows"
     )
+
+
+def _refuse_broken_costs(folder: Path, table: Mapping[str, Column]) -> None:
+    most = table.get("max_macs")
+    for name in ("macs", "slow_macs"):
+        if most is None or name not in table:
+            continue
+        # NaN, where nothing is proven of the cost, compares false.
+        rows = np.flatnonzero(table[name] > most)
+        if len(rows):
+            raise SoundnessError(
+                f"sample {table['index'][rows[0]]} is proven to cost at most {most[rows[0]]:.0f} multiply-adds, yet "
+                f"costs {table[name][rows[0]]:.0f} ({name}); this is a defect of swiftsure, and {folder / NAME} has "
+                "the rows"
+            )
 
 
 def _some(indices: Column) -> str:
@@ -137,10 +165,13 @@ def _place(name: str) -> tuple[int, int, str]:
     if name in _CLEAN:
         return 0, _CLEAN.index(name), name
     if is_attacked(name):
-        return 1, int(name == "attack:union"), name
+        kind, _, attack = name.partition(":")
+        return 1 + int(kind == "attack_8bit"), int(attack == "union"), name
+    if name in _SLOW:
+        return 3, _SLOW.index(name), name
     if name in _PROVEN:
-        return 3, _PROVEN.index(name), name
-    return 2, 0, name
+        return 5, _PROVEN.index(name), name
+    return 4, 0, name
 
 
 def _cell(value: float | int) -> str:

@@ -109,6 +109,7 @@ def _single(run: Run) -> dict[str, Any]:
     attacks = dict(results["robust_accuracy"] or {})
     stride = -(-len(run.log) // _MOST_EPOCH_ROWS) or 1
     union = attacks.pop("union", None)
+    forced = results["macs"].get("by_attack")
     return {
         "run": run,
         "head": head,
@@ -127,6 +128,11 @@ def _single(run: Run) -> dict[str, Any]:
         "kept": _charts.kept_epoch(run.log),
         "attacks": sorted(attacks.items(), key=lambda item: -item[1]),
         "union": union,
+        "guards": (results["attacked"] or {}).get("guards"),
+        "rounded": (results["attacked"] or {}).get("accuracy_8bit"),
+        "seconds": results["seconds"].get("by_attack"),
+        "forced": forced,
+        "slowdowns": [name for name in forced or {} if name not in attacks],
         "margins": _margins(run),
         "classes": _classes(run),
         "cards": examples(run),

@@ -1,0 +1,345 @@
+"""Guards of an evaluation: cheap checks that tell a robust network from an attack that did not work.
+
+A figure of robust accuracy is an upper bound, and a broken attack makes it a wrong one (Athalye et al. 2018; Carlini
+et al. 2019, "On evaluating adversarial robustness", whose list these follow). Each guard asks one question of a few
+hundred samples and ends as reliable, suspicious or not evaluated, with its reason in a line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.attacks._apgd import apgd
+from swiftsure.attacks._gradient import checked_inputs
+from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks._square import square
+from swiftsure.attacks.forms import transferred
+from swiftsure.attacks.gates import deployed
+from swiftsure.attacks.objectives import Judge, Objective, as_exits, cross_entropy, margin, misclassified
+from swiftsure.attacks.suite import SuiteResult
+from swiftsure.ball import Ball
+from swiftsure.exits.policies import Policy
+from swiftsure.modes import evaluating
+
+RELIABLE, SUSPICIOUS, NOT_EVALUATED = "reliable", "suspicious", "not evaluated"
+CHECKS = ("randomness", "gradients", "steps", "restarts", "queries", "eps", "noise", "transfer")
+"""What is asked; the names are part of results.json."""
+
+SAMPLES = 200
+"""How many samples are asked about: so many that 1% of them is more than one."""
+LEAST = 20
+"""With fewer, one sample is 5%, and no share below says anything."""
+BLIND = 0.05
+"""Share of unusable gradients from which on an attack counts as blind. Networks that hide nothing have exact zeros only
+where a logit's probability underflows; on those of results/ the share was 0 at every step."""
+NEW = 0.01
+"""Share of the samples that a further attack may break on its own. Two runs of one good attack differ by some tenths of
+a point, so that of 200 samples one or two are chance, and three hardly ever are (2% where the truth is 0.3%)."""
+RISE = 0.05
+"""By how much accuracy may rise with the radius. It cannot where attacks are perfect; those of 40 steps waver more in
+large balls."""
+NOISES = 20
+"""Random images of the ball tried per sample, half of them inside and half at its edge."""
+QUERIES = 1000
+"""Of square, where the suite has none."""
+_STEPS = {"standard": 100, "full": 200}
+_QUICK_STEPS = 40
+_DIFFERS = 1e-3
+"""Logits of the same images that differ by this, relative to the largest, do so by more than rounding."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one guard says: its verdict, and why."""
+
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What all guards say.
+
+    Attributes:
+        n: how many samples were asked about.
+        checks: by the names of `CHECKS`.
+        seconds: wall-clock time.
+    """
+
+    n: int
+    checks: dict[str, Check] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Suspicious if any is; reliable if all but transfer, which needs another network, are; else not evaluated."""
+        said = {name: check.verdict for name, check in self.checks.items()}
+        if SUSPICIOUS in said.values():
+            return SUSPICIOUS
+        needed = [said.get(name, NOT_EVALUATED) for name in CHECKS if name != "transfer"]
+        return NOT_EVALUATED if NOT_EVALUATED in needed else RELIABLE
+
+    @property
+    def reason(self) -> str:
+        """In a line: every reason for suspicion, or what was missing, or what was asked."""
+        verdict = self.verdict
+        if verdict == RELIABLE:
+            asked = [name for name, check in self.checks.items() if check.verdict == RELIABLE]
+            return f"{', '.join(asked)} asked of {self.n} samples"
+        reasons = dict.fromkeys(check.reason for check in self.checks.values() if check.verdict == verdict)
+        return "; ".join(reasons)
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for results.json."""
+        checks = {
+            name: {"verdict": check.verdict, "reason": check.reason} for name, check in self.checks.items()
+        }
+        return {"n": self.n, "verdict": self.verdict, "reason": self.reason, "checks": checks}
+
+
+def not_evaluated(reason: str) -> Guards:
+    """No guard was asked, for that reason."""
+    return Guards(0, {name: Check(NOT_EVALUATED, reason) for name in CHECKS})
+
+
+def guard(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    found: SuiteResult,
+    *,
+    policy: Policy | None = None,
+    sources: Mapping[str, nn.Module] | None = None,
+    samples: int = SAMPLES,
+    batch: int = 500,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Guards:
+    """Ask whether what a suite left standing was really attacked.
+
+    - randomness: do the same images get the same answers twice?
+    - gradients: of the suite's gradient attacks, is even the least blind one blind?
+    - steps: does twice as many steps of apgd (of pgd, for suites without apgd) break what the suite left?
+    - restarts: do five random starts of apgd on the margin, a loss that does not saturate?
+    - queries: does square, which asks for no gradient, break what all gradient attacks left?
+    - eps: does accuracy fall with the radius, to that of a constant answer where the ball holds every image?
+    - noise: do random images of the ball break what the suite left?
+    - transfer: do images made on another network? Not evaluated where none is given.
+
+    Args:
+        net: returns logits (B, classes), or a tuple of them, one per exit; its modes are left as found.
+        x: the images of the suite, in its order, (n, C, H, W).
+        y: their labels, (n,).
+        ball: the threat model.
+        found: what the suite found on all of them.
+        policy: of a network with several exits; success is then a wrong answer of the exit that answers.
+        sources: other networks for the same images, by name.
+        samples: how many are asked about, at most: the first ones.
+        batch: how many samples are attacked at a time.
+        seed: of all random numbers.
+        progress: called with the name of each check before it begins.
+
+    Raises:
+        InputError: images or labels that do not fit.
+    """
+    n = min(samples, len(x))
+    if n < LEAST:
+        return not_evaluated(f"{n} samples are too few; guards need {LEAST}")
+    began = time.perf_counter()
+    x, y = checked_inputs(net, x[:n], y[:n], ball)
+    judge: Judge = misclassified if policy is None else policy.misclassified
+    over: Callable[[Objective], Objective] = (
+        (lambda of: of) if policy is None else (lambda of: deployed(policy, of))
+    )
+    device = next((parameter.device for parameter in net.parameters()), x.device)
+    asked = _Asked(net, x, y, ball, found.union[:n], judge, over, device, batch, seed)
+    questions: dict[str, Callable[[], Check]] = {
+        "randomness": lambda: _randomness(asked),
+        "gradients": lambda: _gradients(found),
+        "steps": lambda: _steps(asked, found.suite),
+        "restarts": lambda: _restarts(asked, found.suite),
+        "queries": lambda: _queries(asked, found),
+        "eps": lambda: _eps(asked),
+        "noise": lambda: _noise(asked),
+        "transfer": lambda: _transfer(asked, sources or {}),
+    }
+    checks = {}
+    for name, question in questions.items():
+        if progress is not None:
+            progress(name)
+        checks[name] = question()
+    return Guards(n, checks, time.perf_counter() - began)
+
+
+@dataclass
+class _Asked:
+    """What the guards ask about."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    ball: Ball
+    broken: Tensor
+    """(n,) bool, by the suite; on the CPU."""
+    judge: Judge
+    over: Callable[[Objective], Objective]
+    """An objective of one exit, at the exit that answers."""
+    device: torch.device
+    batch: int
+    seed: int
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        with evaluating(self.net), torch.no_grad():
+            return as_exits(self.net(x))
+
+    def breaks(self, attack: Callable[..., Tensor], which: Tensor, ball: Ball | None = None) -> Tensor:
+        """Whether an attack breaks each of some samples, (n,) bool; judged by a fresh pass."""
+        ball, generator = ball or self.ball, torch.Generator().manual_seed(self.seed)
+        flags = []
+        for index in which.nonzero().squeeze(1).split(self.batch):
+            x, y = (
+                self.x[index.to(self.x.device)].to(self.device),
+                self.y[index.to(self.y.device)].to(self.device),
+            )
+            x_adv = attack(self.net, x, y, ball, generator=generator)
+            flags.append((self.judge(self.logits(x_adv), y) & ball.contains(x_adv, x)).cpu())
+        return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
+
+    def further(self, attack: Callable[..., Tensor], what: str) -> Check:
+        """The verdict on an attack that is tried on all samples that the suite left."""
+        new = int(self.breaks(attack, ~self.broken).sum())
+        left = f"of the {int((~self.broken).sum())} samples that the suite left"
+        return _judged(new, len(self.broken), what, left)
+
+
+def _judged(new: int, n: int, what: str, left: str) -> Check:
+    """Suspicious where an attack alone breaks more of n samples than chance would."""
+    reason = f"{what} {f'breaks {new}' if new else 'breaks none'} {left}"
+    return Check(SUSPICIOUS if new > max(1, NEW * n) else RELIABLE, reason)
+
+
+def _randomness(asked: _Asked) -> Check:
+    """Adaptive attacks on random networks average over their draws, which ours do not."""
+    largest = 0.0
+    for x in asked.x.split(asked.batch):
+        x = x.to(asked.device)
+        first, again = asked.logits(x), asked.logits(x)
+        for one, other in zip(first, again, strict=True):
+            scale = one.abs().amax().clamp_min(1e-30)
+            difference = torch.nan_to_num((one - other).abs() / scale, nan=0.0)
+            largest = max(largest, difference.amax().item())
+    if largest > _DIFFERS:
+        return Check(SUSPICIOUS, "two passes over the same images differ: the network draws random numbers")
+    return Check(RELIABLE, "two passes over the same images agree")
+
+
+def _gradients(found: SuiteResult) -> Check:
+    # One gradient a sample, at x itself, says nothing of where a climb leads.
+    once = int((~found.misclassified).sum())
+    shares = {
+        name: (report.zero + report.nonfinite) / report.samples
+        for name, report in found.gradients.items()
+        if report.samples > once
+    }
+    if not shares:
+        if once == 0:
+            return Check(RELIABLE, "nothing was right, so nothing was attacked")
+        return Check(NOT_EVALUATED, "no attack of the suite climbed along gradients")
+    best = min(shares, key=lambda name: shares[name])
+    worst = max(shares, key=lambda name: shares[name])
+    reason = f"{shares[best]:.1%} of the gradients of {best} are zero or no number"
+    if shares[best] > BLIND:
+        return Check(SUSPICIOUS, f"even {reason}")
+    if shares[worst] > BLIND:
+        reason += f", though {shares[worst]:.1%} of {worst}'s"
+    return Check(RELIABLE, reason)
+
+
+def _steps(asked: _Asked, suite: str) -> Check:
+    steps, method = 2 * _STEPS.get(suite, _QUICK_STEPS), apgd if suite in _STEPS else pgd
+    attack = partial(method, objective=asked.over(cross_entropy), judge=asked.judge, steps=steps)
+    return asked.further(attack, f"twice as many steps ({method.__name__}, {steps})")
+
+
+def _restarts(asked: _Asked, suite: str) -> Check:
+    steps = _STEPS.get(suite, _QUICK_STEPS)
+    attack = partial(apgd, objective=asked.over(margin), judge=asked.judge, steps=steps, restarts=5)
+    return asked.further(attack, f"apgd with 5 restarts on the margin ({steps} steps)")
+
+
+def _queries(asked: _Asked, found: SuiteResult) -> Check:
+    """AutoAttack warns of the same: a search without gradients should have nothing left to find."""
+    n = len(asked.broken)
+    by_queries = {name: flags[:n] for name, flags in found.broken.items() if name.startswith("square")}
+    by_gradients = [flags[:n] for name, flags in found.broken.items() if name not in by_queries]
+    if not by_queries:
+        attack = partial(square, objective=asked.over(margin), judge=asked.judge, steps=QUERIES)
+        return asked.further(attack, f"square ({QUERIES} queries)")
+    left = ~torch.stack([found.misclassified[:n], *by_gradients]).any(0)
+    new = int((torch.stack(list(by_queries.values())).any(0) & left).sum())
+    return _judged(
+        new, n, f"{' and '.join(by_queries)}", f"of the {int(left.sum())} samples that gradients left"
+    )
+
+
+def _eps(asked: _Asked) -> Check:
+    """From the ball's radius in up to four steps to the one whose ball holds every image."""
+    ball, every = asked.ball, torch.ones_like(asked.broken)
+    side = {"inf": 0.0, "2": 0.5, "1": 1.0}[ball.norm]
+    whole = (ball.high - ball.low) * asked.x[0].numel() ** side
+    if ball.radius <= 0:
+        return Check(NOT_EVALUATED, "the radius is 0")
+    ratio = max(whole / ball.radius, 1.0)
+    attack = partial(apgd, objective=asked.over(margin), judge=asked.judge, steps=_QUICK_STEPS)
+    radii = [ball.radius * ratio ** (step / 4) for step in range(4)] + [max(whole, ball.radius)]
+    accuracy = []
+    for radius in radii:
+        accuracy.append(1 - asked.breaks(attack, every, ball.with_eps(radius)).double().mean().item())
+        if accuracy[-1] == 0:
+            break
+    shown = ", ".join(f"{value:.0%} at {radius:.3g}" for value, radius in zip(accuracy, radii, strict=False))
+    # The best that an answer which no attack can change may have.
+    chance = asked.y.bincount().max().item() / len(asked.y)
+    if accuracy[-1] > chance:
+        return Check(SUSPICIOUS, f"accuracy stays above chance where the ball holds every image: {shown}")
+    rise = max([later - min(accuracy[:place]) for place, later in enumerate(accuracy) if place] or [0.0])
+    if rise > RISE:
+        return Check(SUSPICIOUS, f"accuracy rises with the radius: {shown}")
+    return Check(RELIABLE, f"accuracy falls with the radius: {shown}")
+
+
+def _noise(asked: _Asked) -> Check:
+    def attack(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator) -> Tensor:
+        worst = x.clone()
+        for number in range(NOISES):
+            tried = ball.sample(x, generator)
+            if number % 2:
+                direction = torch.randn(x.shape, generator=generator).to(x)
+                tried = ball.maximiser(x, direction)
+            broken = asked.judge(asked.logits(tried), y)
+            worst[broken] = tried[broken]
+        return worst
+
+    return asked.further(attack, f"plain noise ({NOISES} random images each)")
+
+
+def _transfer(asked: _Asked, sources: Mapping[str, nn.Module]) -> Check:
+    if not sources:
+        return Check(NOT_EVALUATED, "no other network was given to attack from")
+
+    def attack(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator) -> Tensor:
+        worst = x.clone()
+        for source in sources.values():
+            tried = transferred(net, x, y, ball, source=source, generator=generator)
+            broken = asked.judge(asked.logits(tried), y)
+            worst[broken] = tried[broken]
+        return worst
+
+    return asked.further(attack, f"what breaks {' and '.join(sources)}")
