@@ -54,6 +54,19 @@ def test_comparisons_are_strict_and_in_float64() -> None:
 
 
 @pytest.mark.parametrize("rule", ["entropy", "confidence"])
+def test_one_input_alone_leaves_where_it_leaves_among_others(rule: str) -> None:
+    z = logits(3, 50)[0]
+    z[7, 2] = torch.nan
+    scores = Policy(rule, [0.5]).score(z)
+    # Thresholds that are scores: a comparison that is not strict shows.
+    for threshold in scores[:5].tolist():
+        policy = Policy(rule, [min(threshold, 1.0)])
+        alone = [policy.fires_alone(0, z[place : place + 1]) for place in range(len(z))]
+        assert alone == policy.fires(0, z).tolist()
+        assert any(alone)
+
+
+@pytest.mark.parametrize("rule", ["entropy", "confidence"])
 def test_the_first_exit_that_fires_answers(rule: str) -> None:
     z = logits(4, 60)
     policy = equal_share(z, rule)

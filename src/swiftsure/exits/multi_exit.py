@@ -145,9 +145,12 @@ class MultiExit(nn.Module):
             z = head(state[0].clone() if copied else state[0])
             if number == self.exits - 1:
                 break
+            if len(z) == 1:
+                if policy.fires_alone(number, z):
+                    break
+                continue
             leaves = policy.fires(number, z)
-            # To ask the one answer there is takes half as long as to count.
-            count = int(leaves.sum() if len(leaves) > 1 else leaves)
+            count = int(leaves.sum())
             if count == len(leaves):
                 break
             if count:

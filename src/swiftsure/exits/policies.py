@@ -106,6 +106,11 @@ class Policy:
         score, threshold = self.score(logits), self.thresholds[exit]
         return score < threshold if RULES[self.rule].sign > 0 else score > threshold
 
+    def fires_alone(self, exit: int, logits: Tensor) -> bool:
+        """`fires` for the logits (1, classes) of one input, at half the cost: no tensor holds the answer."""
+        score, threshold = float(self.score(logits)), self.thresholds[exit]
+        return score < threshold if RULES[self.rule].sign > 0 else score > threshold
+
     def exit_of(self, logits: Sequence[Tensor]) -> Tensor:
         """The exit, from 0, by which each input leaves, given the logits of all exits: (B,) int64.
 
