@@ -144,11 +144,16 @@ def pooled(shape: Sequence[int], classes: int, grid: int = 4, channels_last: boo
 
 @register_head("conv")
 def conv(
-    shape: Sequence[int], classes: int, width: int = 16, grid: int = 2, channels_last: bool = False
+    shape: Sequence[int],
+    classes: int,
+    width: int = 16,
+    grid: int = 2,
+    channels_last: bool = False,
+    side: int = CONV_GRID,
 ) -> nn.Module:
-    """Average pooling of a map to at most 8x8, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
+    """Average pooling of a map to at most side x side, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
     first, (channels, height, breadth) = _map(shape, channels_last)
-    size = min(height, CONV_GRID), min(breadth, CONV_GRID)
+    size = min(height, side), min(breadth, side)
     if size != (height, breadth):
         first = [*first, _averaged((height, breadth), size)]
     first = [*first, nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
