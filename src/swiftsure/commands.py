@@ -197,7 +197,7 @@ def print_measured(measured: Measured, only: str | None = None) -> None:
         )
     if only in (None, "attacked"):
         lines += [f"skipped   {name}: {reason}" for name, reason in measured.skipped.items()]
-    if only in (None, "attacked") and found["exits"]["clean"]:
+    if only != "cost" and found["exits"]["clean"]:
         lines += _usage(found)
     if only in (None, "cost"):
         macs, latency = found["macs"]["static"], found["latency_ms"]
@@ -250,6 +250,12 @@ def _usage(found: dict[str, Any]) -> list[str]:
             shares = ", ".join(_percent(share).strip() for share in found["exits"][name])
             cost = f"{found['macs'][name]:,.0f} multiply-adds on average"
             lines.append(f"exits     {what} images leave at {shares}: {cost}")
+    if found["exits"].get("certified"):
+        shares = ", ".join(_percent(share).strip() for share in found["exits"]["certified"])
+        lines.append(
+            f"exits     proven: at the latest at {shares}: {found['macs']['certified_max']:,.0f} multiply-adds at most, "
+            "on average"
+        )
     return lines
 
 

@@ -260,6 +260,7 @@ def _attack_parts(
 def _certify_parts(
     subject: Subject, certificate: Certificate, seconds: float, clean: Table
 ) -> dict[str, Any]:
+    last = certificate.max_exit.bincount(minlength=subject.exits).double() / subject.n
     return {
         "clean": _clean_part(clean),
         "verified": {
@@ -270,6 +271,7 @@ def _certify_parts(
         },
         "seconds": {"certify": seconds},
         "macs": {"certified_max": certificate.max_macs.double().mean().item()},
+        **({} if subject.exits == 1 else {"exits": {"certified": last.tolist()}}),
     }
 
 
