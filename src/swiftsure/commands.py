@@ -252,10 +252,8 @@ def _usage(found: dict[str, Any]) -> list[str]:
             lines.append(f"exits     {what} images leave at {shares}: {cost}")
     if found["exits"].get("certified"):
         shares = ", ".join(_percent(share).strip() for share in found["exits"]["certified"])
-        lines.append(
-            f"exits     proven: at the latest at {shares}: {found['macs']['certified_max']:,.0f} multiply-adds at most, "
-            "on average"
-        )
+        most = f"{found['macs']['certified_max']:,.0f} multiply-adds at most, on average"
+        lines.append(f"exits     proven: at the latest at {shares}: {most}")
     return lines
 
 

@@ -151,7 +151,7 @@ def conv(
     channels_last: bool = False,
     side: int = CONV_GRID,
 ) -> nn.Module:
-    """Average pooling of a map to at most side x side, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
+    """Average pooling to at most side x side, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
     first, (channels, height, breadth) = _map(shape, channels_last)
     size = min(height, side), min(breadth, side)
     if size != (height, breadth):
