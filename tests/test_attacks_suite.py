@@ -1,12 +1,16 @@
 """run_suite: flags, union, the worst image, and what every success must pass."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from swiftsure.attacks import SUITES, misclassified, run_suite, single, suite
+from swiftsure.attacks import SUITES, misclassified, run_suite, single, square, suite
+from swiftsure.attacks._eight_bits import eight_bits
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit, Policy, policies
 
 
 @pytest.fixture
@@ -15,7 +19,7 @@ def task():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 20), nn.ReLU(), nn.Dropout(0.5), nn.Linear(20, 3))
     net.eval()
-    x = torch.rand(23, 1, 4, 4)
+    x = (torch.rand(23, 1, 4, 4) * 255).round() / 255
     y = net(x).argmax(1)
     y[[2, 20]] = (y[[2, 20]] + 1) % 3
     return net.train(), x, y
@@ -54,8 +58,9 @@ def test_flags_agree_with_the_network(task, norm):
     assert net[3].training
 
 
-def test_repeatable_and_independent_of_the_other_attacks(task):
+def test_repeatable_and_independent_of_the_other_attacks(task, monkeypatch):
     net, x, y = task
+    monkeypatch.setitem(SUITES["standard"], "square5000", partial(square, steps=100))
     first, second = (run_suite(net, x, y, Ball(0.08), "standard", seed=3, batch=12) for _ in range(2))
     assert torch.equal(first.worst, second.worst)
     assert all(torch.equal(first.broken[name], second.broken[name]) for name in first.broken)
@@ -64,13 +69,92 @@ def test_repeatable_and_independent_of_the_other_attacks(task):
     assert torch.equal(first.broken["fgsm"], quick.broken["fgsm"])
 
 
+def test_images_of_eight_bits(task, monkeypatch):
+    """A success counts again once its pixels are what a file can hold; and rounding itself may be the success."""
+    net, x, y = task
+    ball = Ball(0.08)
+
+    def between(net, x, y, ball, **_):
+        """Half a step of 1/255 off the image that PGD finds, towards x: rounded, it is that image again."""
+        x_adv = found.worst[[int((one == every).flatten(1).all(1).nonzero()) for one in x]]
+        return x_adv + (x - x_adv).clamp(-0.4 / 255, 0.4 / 255)
+
+    every, found = x, run_suite(net, x, y, ball)
+    for name, flags in found.broken_8bit.items():
+        assert (flags <= found.broken[name]).all()
+    assert found.accuracy_8bit["union"] >= found.accuracy["union"]
+    assert torch.equal(wrong(net, found.worst, y), found.union)
+    assert found.macs == {}
+    monkeypatch.setitem(suite.SUITES, "quick", {"between": between, "idle": lambda net, x, y, ball, **_: x})
+    again = run_suite(net, x, y, ball)
+    grid, inside = eight_bits(between(net, x, y, ball), x, ball)
+    assert inside.all()
+    assert torch.equal(again.broken_8bit["between"], wrong(net, grid, y))
+    assert torch.equal(again.broken["between"], wrong(net, grid, y) | wrong(net, between(net, x, y, ball), y))
+    assert torch.equal(again.broken_8bit["idle"], again.misclassified)
+
+
+@pytest.mark.parametrize("norm", ["inf", "2", "1"])
+@pytest.mark.parametrize("size", [0.5 / 255, 1 / 255, 8 / 255, 0.1, 0.3])
+def test_rounding_stays_inside(norm, size):
+    """From 8-bit images there is always an 8-bit image in the ball, and for L-inf it is the nearest one there."""
+    x = torch.randint(0, 256, (40, 3, 5, 5)).float() / 255
+    ball = Ball(size * {"inf": 1, "2": 75**0.5, "1": 75}[norm], norm)
+    x_adv = ball.maximiser(x, torch.randn(x.shape))
+    for there in (x_adv, ball.sample(x), x):
+        image, inside = eight_bits(there, x, ball)
+        assert inside.all()
+        assert ball.contains(image, x).all()
+        assert torch.equal(image, (image * 255).round() / 255)
+        if norm == "inf":
+            steps = int(size * 255 + 1e-3) / 255
+            assert (image - there).abs().max() <= max(0.5 / 255, size - steps) + 1e-6
+    assert torch.equal(eight_bits(x, x, ball)[0], x)
+
+
+def test_images_that_cannot_be_rounded_inside():
+    """Of pixels between two steps, with a ball that reaches neither, there is no 8-bit image to count."""
+    x = torch.full((2, 1, 2, 2), 100.52 / 255)
+    x[1] = 100 / 255
+    assert eight_bits(x, x, Ball(0.2 / 255))[1].tolist() == [False, True]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    net[1].weight.data = torch.tensor([[1.0] * 4, [0.0] * 4])
+    net[1].bias.data = torch.tensor([-4 * 100.7 / 255, 0.0])  # class 0 from a mean of 100.7 on
+    y, rounding = torch.tensor([1, 1]), {"idle": lambda net, x, y, ball, **_: x}
+    found = run_suite(net, x, y, Ball(0.2 / 255), attacks=rounding)
+    assert found.broken["idle"].tolist() == found.broken_8bit["idle"].tolist() == [False, False]
+    found = run_suite(net, x, y, Ball(0.6 / 255), attacks=rounding)
+    assert found.broken["idle"].tolist() == found.broken_8bit["idle"].tolist() == [True, False]
+    assert wrong(net, found.worst, y).tolist() == [True, False]
+
+
+def test_the_deployed_answers_decide_and_are_counted(task):
+    net, x, y = task
+    weak = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    exits = MultiExit([nn.Identity(), nn.Identity()], [weak, net])
+    with torch.no_grad():
+        middle = policies.entropy(weak(x)).median().item()
+    exits.policy = policy = Policy("entropy", [middle])
+    found = run_suite(exits, x, y, Ball(0.08), judge=policy.misclassified, answer=exits.adaptive, batch=9)
+    plain = run_suite(exits, x, y, Ball(0.08), judge=policy.misclassified, batch=9)
+    assert torch.equal(found.union, plain.union)
+    assert torch.equal(exits.adaptive(found.worst).label != y, found.union)
+    assert list(found.macs) == ["fgsm", "pgd40"]
+    costs = exits.macs((1, 4, 4))
+    assert all(costs[0] < value < costs[1] for value in found.macs.values())
+    idle = run_suite(
+        exits, x, y, Ball(0.08), answer=exits.adaptive, attacks={"idle": lambda n, x, *_, **__: x}
+    )
+    assert idle.macs["idle"] == exits.adaptive(x).macs.double().mean().item()
+
+
 def test_names_are_stable():
     assert {name: list(attacks) for name, attacks in SUITES.items()} == {
         "quick": ["fgsm", "pgd40"],
-        "standard": ["fgsm", "pgd40", "apgd_ce", "apgd_t", "square1000"],
+        "standard": ["fgsm", "pgd40", "apgd_ce", "apgd_t", "square5000"],
         "full": [
-            "fgsm", "pgd40", "apgd_ce", "apgd_t", "square1000", "pgd200x10", "pgd200x10_margin",
-            "apgd_cex5", "apgd_dlrx5", "apgd_marginx5", "interval40x5", "square5000",
+            "fgsm", "pgd40", "apgd_ce", "apgd_t", "square5000", "pgd200x10", "pgd200x10_margin",
+            "apgd_cex5", "apgd_dlrx5", "apgd_marginx5", "interval40x5",
         ],
     }  # fmt: skip
 
