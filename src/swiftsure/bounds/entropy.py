@@ -166,23 +166,54 @@ def lowest_entropy(lower: Tensor, upper: Tensor, threshold: float | Tensor | Non
     """
     with torch.no_grad():
         low, high = _box(lower, upper)
-        bound = _bound(low, high)[0]
-        limit = torch.as_tensor(torch.inf if threshold is None else threshold).to(bound).expand_as(bound)
-        open_ = (bound < limit) & ~high.isposinf().any(-1)
-        boxes = (low[open_], high[open_], limit[open_])
-        size = max(1, AT_ONCE // low.shape[-1])
-        parts = [_search(*part) for part in zip(*(side.split(size) for side in boxes), strict=True)]
-        return bound.masked_scatter(open_, torch.fmax(bound[open_], torch.cat(parts))) if parts else bound
+        if threshold is None:
+            return _lowest_entropy(low, high, None)
+        limit = torch.as_tensor(threshold, device=low.device).to(low.dtype).expand(low.shape[:-1])
+        # Most boxes that reach below a threshold do so where one class is at its upper end and all others are low.
+        open_ = ~((_one_up(low, high) < limit) & (low <= high).all(-1))
+        if open_.all():
+            return _lowest_entropy(low, high, limit)
+        found = torch.zeros_like(low[..., 0])
+        return found.masked_scatter(open_, _lowest_entropy(low[open_], high[open_], limit[open_]))
 
 
-def _search(low: Tensor, high: Tensor, limit: Tensor) -> Tensor:
-    """Branch and bound for boxes (n, classes): the least entropy of each, or a lower bound that settles its limit."""
-    n = len(low)
-    lows, highs, owner = low, high, torch.arange(n, device=low.device)
-    best, settled = (torch.full((n,), torch.inf, dtype=low.dtype, device=low.device) for _ in range(2))
-    used = torch.zeros(n, dtype=torch.int64, device=low.device)
-    while len(owner):
-        bounds, level, turn = _bound(lows, highs)
+def _one_up(low: Tensor, high: Tensor) -> Tensor:
+    """The entropy of a vertex of each box: at its upper end the class that can be likeliest, all others low."""
+    top = high.amax(-1, keepdim=True)
+    at_low = (low - top).exp()
+    others = (at_low.sum(-1, keepdim=True) - at_low).clamp_min(1e-300)
+    chosen = ((high - top).exp() / others).argmax(-1, keepdim=True)
+    return entropy(low.scatter(-1, chosen, high.gather(-1, chosen)))
+
+
+def _lowest_entropy(low: Tensor, high: Tensor, limit: Tensor | None) -> Tensor:
+    if not low.numel():
+        return low[..., 0]
+    bound, *guides = _bound(low, high)
+    if limit is None:
+        limit = torch.full_like(bound, torch.inf)
+    open_ = (bound < limit) & ~high.isposinf().any(-1)
+    if not open_.any():
+        return bound
+    boxes = [side[open_] for side in (low, high, limit, bound, *guides)]
+    size = max(1, AT_ONCE // low.shape[-1])
+    found = [_search(*part) for part in zip(*(side.split(size) for side in boxes), strict=True)]
+    return bound.masked_scatter(open_, torch.fmax(bound[open_], torch.cat(found)))
+
+
+def _search(
+    lows: Tensor, highs: Tensor, limit: Tensor, bounds: Tensor, level: Tensor, turn: Tensor
+) -> Tensor:
+    """Branch and bound for boxes (n, classes): the least entropy of each, or a lower bound that settles its limit.
+
+    Args:
+        lows, highs: the boxes; limit: (n,); bounds, level, turn: what `_bound` says of the boxes.
+    """
+    n, classes = lows.shape
+    owner = torch.arange(n, device=lows.device)
+    best, settled = torch.full_like(bounds, torch.inf), torch.full_like(bounds, torch.inf)
+    used = torch.zeros_like(owner)
+    while True:
         best.scatter_reduce_(0, owner, _prefixes(lows, highs, turn), "amin")
         used += owner.bincount(minlength=n)
         # A point below the limit answers the question; else what is still open counts by its bound.
@@ -193,15 +224,17 @@ def _search(low: Tensor, high: Tensor, limit: Tensor) -> Tensor:
         bounds = torch.where(vertex, entropy(lows) - SLACK, bounds)
         done |= vertex
         settled.scatter_reduce_(0, owner[done], bounds[done], "amin")
+        if done.all():
+            return torch.minimum(settled, best - SLACK).clamp_min(0)
         lows, highs, owner, level, turn = (t[~done] for t in (lows, highs, owner, level, turn))
         distance = (turn - level).abs().masked_fill(~(highs > lows), torch.inf)
-        chosen = torch.nn.functional.one_hot(distance.argmin(-1), low.shape[-1]).bool()
+        chosen = torch.nn.functional.one_hot(distance.argmin(-1), classes).bool()
         lows, highs = (
             torch.cat([lows, torch.where(chosen, highs, lows)]),
             torch.cat([torch.where(chosen, lows, highs), highs]),
         )
         owner = owner.repeat(2)
-    return torch.minimum(settled, best - SLACK).clamp_min(0)
+        bounds, level, turn = _bound(lows, highs)
 
 
 def _prefixes(low: Tensor, high: Tensor, turn: Tensor) -> Tensor:
