@@ -13,6 +13,7 @@ from swiftsure.attacks import (
     SUITES,
     attacks_for,
     average,
+    deployed,
     fgsm,
     misclassified,
     pgd,
@@ -83,6 +84,32 @@ def test_other_suites_look_at_every_exit_as_well() -> None:
     for suite in ("standard", "full"):
         more = set(attacks_for(suite, 3)) - set(SUITES[suite])
         assert more == (PGD_FORMS - {"pgd40_main"}) | {"apgd_average"}
+
+
+def test_with_a_policy_what_answers_is_attacked() -> None:
+    policy = Policy("entropy", [0.5, 0.3])
+    assert set(attacks_for("quick", 3, 1, policy)) == {*attacks_for("quick", 3), "pgd40_deployed"}
+    for suite in ("standard", "full"):
+        attacks = attacks_for(suite, 3, 1, policy)
+        # In place of those that would read the last exit alone.
+        assert set(attacks_for(suite, 3)) - set(attacks) == {"apgd_t", "square5000"}
+        assert set(attacks) - set(attacks_for(suite, 3)) == {
+            "apgd_deployed",
+            "apgd_t_deployed",
+            "apgd_gates",
+            "square5000_deployed",
+        }
+        assert attacks_for(suite, 1, 1, Policy("entropy", [])) == SUITES[suite]
+    # The paper's forms are the paper's.
+    assert set(attacks_for("rdi", 3, 1, policy)) == set(attacks_for("rdi", 3))
+    x, y = problem()
+    wanted = pgd(
+        NET, x, y, BALL, objective=deployed(policy), generator=torch.Generator().manual_seed(0), report=None
+    )
+    found = attacks_for("quick", 3, 1, policy)["pgd40_deployed"](
+        NET, x, y, BALL, judge=policy.misclassified, generator=torch.Generator().manual_seed(0), report=None
+    )
+    assert torch.equal(found, wanted)
 
 
 def test_each_form_is_what_it_is_called() -> None:
