@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import swiftsure.files as files
-from swiftsure import certificates, examples, report, results, run, run_attacks, samples, usage
+from swiftsure import certificates, examples, report, results, run, run_attacks, samples, sweep, usage
 from swiftsure.attacks import SUITE_NAMES
 from swiftsure.certificates import METHODS, Certificate, certify
 from swiftsure.data.progress import progress
@@ -151,6 +151,7 @@ def evaluate_run(
     ]
     table = {**clean, **_proven_columns(certificate), **run_attacks.columns(attacked)}
     measured = _publish(subject, _joined(parts), table, attacked, certificate)
+    sweep.write(subject.folder, sweep.sweep(subject))
     page = report.page([subject.folder], subject.folder / PAGE)
     return replace(measured, page=page)
 

@@ -9,6 +9,7 @@ results.json          what was measured; its presence says that training is fini
 samples.csv           one row a test image, with every verdict (see `swiftsure.samples`)
 certificates.jsonl    the certificates (see `swiftsure.certificates`)
 examples.npz          images with the worst found for each, for the page
+sweep.json            accuracy and cost as thresholds change (see `swiftsure.sweep`), for the page
 report.html           the page
 state/                what a resume needs; gone once training is finished
 ====================  =====================================================================================
@@ -40,10 +41,10 @@ from swiftsure.recipe import DataChoice, Recipe
 from swiftsure.training import History, fit
 from swiftsure.training.state import NAME as STATE_FILE
 
-RECIPE, LOG, STATE = "recipe.yaml", "log.jsonl", "state"
+RECIPE, LOG, STATE, SWEEP = "recipe.yaml", "log.jsonl", "state", "sweep.json"
 FILES = (
     *(RECIPE, LOG, STATE, WEIGHTS, CONFIG, results.NAME, samples.NAME, certificates.NAME),
-    *(examples.NAME, examples.BROKEN, "report.html"),
+    *(examples.NAME, examples.BROKEN, SWEEP, "report.html"),
 )
 """All that swiftsure itself ever puts into a run directory."""
 

@@ -31,6 +31,8 @@ class Subject:
     recipe: Recipe
     net: nn.Module
     images: data.ImageSet
+    held_out: data.ImageSet
+    """Those that thresholds are fitted to."""
     ball: Ball
     device: torch.device
     results: dict[str, Any]
@@ -121,11 +123,12 @@ def open_subject(
         raise InputError(
             f"{folder / results.NAME} was measured on other weights; remove it to begin a new one"
         )
-    test = data.load(recipe.data.name, data_root, recipe.seed).test
+    parts = data.load(recipe.data.name, data_root, recipe.seed)
+    test = parts.test
     stated = (config.get("data") or {}).get("test_sha256")
     if stated not in (None, test.sha256()):
         raise InputError(
             f"the test images of {recipe.data.name} found here are not those of the run; name its data with --data"
         )
     images = test.select(slice(0, limit)) if limit is not None else test
-    return Subject(folder, recipe, net, images, ball, where, known)
+    return Subject(folder, recipe, net, images, parts.calibration, ball, where, known)

@@ -12,7 +12,7 @@ from swiftsure.exits.cost import (
 from swiftsure.exits.heads import head_names, register_head
 from swiftsure.exits.multi_exit import Answer, MultiExit, give_adaptive, one_exit
 from swiftsure.exits.policies import RULES, Policy, confidence, entropy
-from swiftsure.exits.thresholds import all_logits, calibrate, equal_share, within_macs
+from swiftsure.exits.thresholds import all_logits, calibrate, equal_share, in_shares, within_macs
 
 __all__ = [
     "RULES",
@@ -30,6 +30,7 @@ __all__ = [
     "exit_macs",
     "give_adaptive",
     "head_names",
+    "in_shares",
     "latency_ms",
     "one_exit",
     "paper_macs",

@@ -66,22 +66,34 @@ def all_logits(net: nn.Module, images: ImageSet, batch: int = 500) -> list[Tenso
 def equal_share(logits: Sequence[Tensor], rule: str = "entropy") -> Policy:
     """Thresholds by which equally many samples leave at each exit (RDI-Nets: of N samples N / K at each).
 
+    Args and errors as in `in_shares`.
+    """
+    return in_shares(logits, [1.0] * len(logits), rule)
+
+
+def in_shares(logits: Sequence[Tensor], shares: Sequence[float], rule: str = "entropy") -> Policy:
+    """Thresholds by which samples leave at the exits in given proportions.
+
     A threshold lies half-way between the last score that leaves and the next one, so that neither hangs on rounding;
     samples of one score leave together.
 
     Args:
         logits: of each of K exits, (N, classes), on held-out samples.
+        shares: K numbers >= 0, not all 0; only their proportions count.
         rule: a name of `RULES`.
 
     Raises:
-        InputError: an unknown rule, fewer samples than exits, or logits that are not finite.
+        InputError: an unknown rule, shares that do not fit, fewer samples than exits, or logits that are not finite.
     """
     scores = _scores(logits, rule)
     exits, samples = len(logits), len(logits[0])
+    known = all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
+    if len(shares) != exits or not known or not sum(shares) > 0:
+        raise InputError(f"shares are {list(shares)}; allowed: {exits} numbers >= 0, not all 0")
     inside = torch.arange(samples)
     chosen = []
     for number, score in enumerate(scores):
-        leaving = len(inside) - round((exits - 1 - number) * samples / exits)
+        leaving = len(inside) - round(sum(shares[number + 1 :]) * samples / sum(shares))
         ordered = score[inside].sort().values
         threshold = _behind(ordered, leaving)
         chosen.append(threshold)
