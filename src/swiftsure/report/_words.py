@@ -94,6 +94,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
         "n": parts[0]["n"] if parts else None,
         "ball": next((part["ball"] for part in parts if "ball" in part), None),
         "macs": macs["static"] if macs["clean"] is None else macs["clean"],
+        "most": None if macs["clean"] is None else macs["certified_max"],
         "ms": latency["static_b1"] if latency["adaptive_b1"] is None else latency["adaptive_b1"],
     }
 
@@ -152,6 +153,9 @@ def _cost(head: Mapping[str, Any]) -> str:
         costs.append(f"{large(head['macs'])} multiply-adds")
     if head["ms"] is not None:
         costs.append(milliseconds(head["ms"]))
+    if head["most"] is not None and costs:
+        mean = f"An image costs {' and '.join(costs)} on average"
+        return f"{mean}; within the ball no attack can raise that above {large(head['most'])}, which is proven."
     return f"Each image costs {' and '.join(costs)}." if costs else ""
 
 
