@@ -106,7 +106,7 @@ def _ascend(
     until_positive: bool,
     keep: bool,
 ) -> tuple[Tensor, dict[int, Slopes]]:
-    """Better lower bounds (batch, functions) of functions (batch, functions, classes) than CROWN's, and their slopes."""
+    """Lower bounds (batch, functions) of functions (batch, functions, classes), better than CROWN's; their slopes."""
     best = lower.clone()
     # Written so that NaN stays open.
     open_ = ~(lower > ENOUGH) if until_positive else torch.ones_like(lower, dtype=torch.bool)
@@ -235,10 +235,12 @@ class _Ascent:
 
     def _writable(self, index: int) -> Tensor:
         """The slopes below an activation's units as they can be kept, with the gradients of what they were."""
-        slope = self.low[index]
-        if not isinstance(self.network.bends[index].activation, ops.Relu):
+        slope, bends = self.low[index], self.network.bends[index]
+        if not isinstance(bends.activation, ops.Relu):
             return slope
-        return slope + ((slope * LEVELS).round() / LEVELS - slope).detach()
+        slope = slope + ((slope * LEVELS).round() / LEVELS - slope).detach()
+        # What CROWN found not to bend after all has its one line already.
+        return slope.where((bends.lower < 0) & (bends.upper > 0), bends.low_slope)
 
     def _remember(self, better: Tensor, low: dict[int, Tensor]) -> None:
         """Keep the slopes of those functions (batch, functions) that were improved."""
