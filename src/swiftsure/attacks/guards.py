@@ -307,7 +307,7 @@ def _eps(asked: _Asked) -> Check:
     shown = ", ".join(f"{value:.0%} at {radius:.3g}" for value, radius in zip(accuracy, radii, strict=False))
     # The best that an answer which no attack can change may have.
     chance = asked.y.bincount().max().item() / len(asked.y)
-    if accuracy[-1] > chance:
+    if accuracy[-1] > chance + 1e-9:
         return Check(SUSPICIOUS, f"accuracy stays above chance where the ball holds every image: {shown}")
     rise = max([later - min(accuracy[:place]) for place, later in enumerate(accuracy) if place] or [0.0])
     if rise > RISE:
