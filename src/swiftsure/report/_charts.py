@@ -150,7 +150,7 @@ def histogram(margin: NDArray[np.float64], proven: NDArray[np.bool_], bins: int 
     def at(value: float) -> float:
         return float(100 * (value - edges[0]) / (edges[-1] - edges[0]))
 
-    ticks = [Tick(at(value), f"{value:.10g}") for value in _round_steps(float(edges[0]), float(edges[-1]), 6)]
+    ticks = [Tick(at(value), f"{value:.10g}") for value in round_steps(float(edges[0]), float(edges[-1]), 6)]
     return Histogram(tuple(bars), tuple(ticks), at(0.0))
 
 
@@ -187,8 +187,8 @@ def _panel(
         decades = range(round(math.log10(low)), round(math.log10(high)) + 1)
         y_values = [10.0**power for power in decades]
     else:
-        y_values = _round_steps(low, high, 4)
-    x_values = [value for value in _round_steps(ends[0], ends[1], 6) if value == int(value)] or [ends[0]]
+        y_values = round_steps(low, high, 4)
+    x_values = [value for value in round_steps(ends[0], ends[1], 6) if value == int(value)] or [ends[0]]
     kept = kept_epoch(log)
     return Panel(
         title=title,
@@ -216,7 +216,7 @@ def _spread(drawn: list[tuple[float, Line]]) -> list[Line]:
     ]
 
 
-def _round_steps(low: float, high: float, about: int) -> list[float]:
+def round_steps(low: float, high: float, about: int) -> list[float]:
     """Round values from low to high, about so many."""
     if high <= low:
         return [low]

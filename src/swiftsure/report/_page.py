@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from swiftsure import files
 from swiftsure.errors import InputError
-from swiftsure.report import _charts, _words
+from swiftsure.report import _charts, _exits, _words
 from swiftsure.report._images import VERDICTS, examples
 from swiftsure.report._run import Run, read_run
 
@@ -108,6 +108,7 @@ def _single(run: Run) -> dict[str, Any]:
     head = _words.headline(results)
     attacks = dict(results["robust_accuracy"] or {})
     stride = -(-len(run.log) // _MOST_EPOCH_ROWS) or 1
+    several = results["exits"]["clean"] or []
     union = attacks.pop("union", None)
     forced = results["macs"].get("by_attack")
     return {
@@ -139,13 +140,24 @@ def _single(run: Run) -> dict[str, Any]:
         "verdicts": VERDICTS,
         "macs": [(text, results["macs"][key]) for key, text in _MACS.items()],
         "latency": [(text, results["latency_ms"][key]) for key, text in _LATENCY.items()],
+        "uses": _exits.uses(results["exits"], run.sweep) if several else [],
+        "mixes": _exits.mixes(len(several)),
+        "curves": _exits.run_curves(run.sweep) if several and run.sweep else None,
+        "curve_words": _exits.words([run.sweep]) if several and run.sweep else "",
         "commands": _commands([run]),
     }
 
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     heads = [_words.headline(run.results) for run in runs]
+    used = [run for run in runs if run.results["exits"]["clean"]]
+    mixes = [_exits.mixes(len(run.results["exits"]["clean"])) for run in used]
+    swept = [(run.name, run.sweep) for run in runs if run.sweep]
     return {
+        "used": [(run, _exits.uses(run.results["exits"]), mix) for run, mix in zip(used, mixes, strict=True)],
+        "legends": [mix for place, mix in enumerate(mixes) if mix not in mixes[:place]],
+        "curves": _exits.compared_curves(swept) if used and swept else [],
+        "curve_words": _exits.words([sweep for _, sweep in swept]) if used and swept else "",
         "rows": [{"run": run, "head": head} for run, head in zip(runs, heads, strict=True)],
         "introduction": _words.introduction(list(zip(map(_data_name, runs), heads, strict=True))),
         "ball_name": _words.ball_name,

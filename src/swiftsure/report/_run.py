@@ -55,7 +55,7 @@ class Run:
         recipe, recipe_text: recipe.yaml as read and as written; empty where there is none.
         config: config.json; empty where there is none.
         classes: class names, empty where none are known.
-        samples, examples: samples.csv and examples.npz, or None.
+        samples, examples, sweep: samples.csv, examples.npz and sweep.json, or None.
     """
 
     folder: Path
@@ -68,6 +68,7 @@ class Run:
     classes: tuple[str, ...]
     samples: Samples | None
     examples: dict[str, NDArray[Any]] | None
+    sweep: dict[str, Any] | None
 
     def class_name(self, label: int) -> str:
         """The name of a class, or its number where it has none."""
@@ -102,6 +103,7 @@ def read_run(folder: str | Path) -> Run:
         classes=tuple(map(str, names)),
         samples=_read_samples(folder / "samples.csv"),
         examples=_read_examples(folder / "examples.npz"),
+        sweep=_read_sweep(folder / "sweep.json", results["weights_sha256"]),
     )
 
 
@@ -212,6 +214,33 @@ def _read_examples(path: Path) -> dict[str, NDArray[Any]] | None:
             f"{path}: x {shape} and x_adv {examples['x_adv'].shape} must agree, with 1 or 3 channels"
         )
     return examples
+
+
+def _read_sweep(path: Path, weights_sha256: str | None) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    sweep = files.read_json(path)
+    mend = f"`swiftsure evaluate {path.parent}` writes it anew"
+    try:
+        points = [*sweep["points"], sweep["deployed"]]
+        figures = [point[name] for point in points for name in ("accuracy", "attacked_accuracy")]
+        shares = list(sweep["deployed"]["exits"].values())
+        costs = [point[name] for point in points for name in ("macs", "attacked_macs")]
+        good = (
+            all(0 <= value <= 1 for value in [*figures, *(one for exits in shares for one in exits)])
+            and all(0 <= value < math.inf for value in costs)
+            and len(points) > 1
+            and len({len(exits) for exits in shares}) == 1
+            and sweep["n"] >= sweep["attacked_n"] >= 1
+            and all(isinstance(name, str) for name in [*sweep["attacks"], *sweep["deployed"]["exits"]])
+        )
+    except (TypeError, KeyError, AttributeError):
+        good = False
+    if not good:
+        raise InputError(f"{path} is damaged; {mend}")
+    if weights_sha256 not in (None, sweep.get("weights_sha256")):
+        raise InputError(f"{path} is of other weights; {mend}")
+    return dict(sweep)
 
 
 def _text(path: Path) -> str | None:

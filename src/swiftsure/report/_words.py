@@ -155,7 +155,9 @@ def _cost(head: Mapping[str, Any]) -> str:
         costs.append(milliseconds(head["ms"]))
     if head["most"] is not None and costs:
         mean = f"An image costs {' and '.join(costs)} on average"
-        return f"{mean}; within the ball no attack can raise that above {large(head['most'])}, which is proven."
+        return (
+            f"{mean}; within the ball no attack can raise that above {large(head['most'])}, which is proven."
+        )
     return f"Each image costs {' and '.join(costs)}." if costs else ""
 
 
