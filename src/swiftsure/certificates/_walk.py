@@ -42,30 +42,36 @@ class Walk:
             walk ends and the classes that could fire there. +inf where none is needed, -inf where it is no number.
         required: (B, K) bool, the exits at which an image of the ball may leave.
         max_exit: (B,) int64, the last exit that an image of the ball can reach.
+        open: (B, K) bool, the exits whose bounds, were they tighter, might yet prove the label.
     """
 
     margin: Tensor
     required: Tensor
     max_exit: Tensor
+    open: Tensor
+
+
+Question = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of boxes of differences, two of (n, classes), and thresholds (n,): (n,) bool."""
 
 
 @dataclass(frozen=True)
 class _Range:
-    """A rule's answers for boxes of differences (n, classes) and a threshold: (n,) bool each."""
+    """What a rule does over boxes."""
 
-    silent: Callable[[Tensor, Tensor, float], Tensor]
-    """Whether it cannot fire anywhere in the box."""
-    certain: Callable[[Tensor, Tensor, float], Tensor]
+    can: Question
+    """Whether it may fire somewhere in the box; a threshold that closes an exit lets nothing leave."""
+    certain: Question
     """Whether it fires everywhere in the box."""
 
 
 _RANGES = {
     "entropy": _Range(
-        silent=lambda low, high, limit: lowest_entropy(low, high, limit) >= limit,
+        can=lambda low, high, limit: (limit > 0) & ~(lowest_entropy(low, high, limit) >= limit),
         certain=lambda low, high, limit: highest_entropy(low, high) < limit,
     ),
     "confidence": _Range(
-        silent=lambda low, high, limit: highest_probability(low, high) <= limit - ROUNDING,
+        can=lambda low, high, limit: (limit < 1) & ~(highest_probability(low, high) <= limit - ROUNDING),
         certain=lambda low, high, limit: lowest_probability(low, high) > limit + ROUNDING,
     ),
 }
@@ -74,47 +80,55 @@ _RANGES = {
 def walk(boxes: Sequence[Box], y: Tensor, policy: Policy, delta: float, logits: Sequence[Tensor]) -> Walk:
     """Visit the exits of each sample in order; see the head of this file.
 
+    All exits are asked at once, which is quicker than one by one, and then read in order.
+
     Args:
         boxes: for each of K exits, bounds of z_j - z_y over the ball, as computed: each box is widened by ``delta``,
-            so that it holds the differences that the deployed network computes. NaN bounds nothing.
+            so that it holds the differences that the deployed network computes. What is infinite or no number bounds
+            nothing; nor does a box whose ends contradict each other by more than that.
         y: (B,) int64, the label that must hold.
         policy: the rule and its K - 1 thresholds.
         delta: the allowance for rounding, in units of logits.
         logits: of the images themselves, (B, classes) for each exit: an exit that fires there can fire, and one that
             does not cannot always fire, which saves the search.
     """
-    count, classes = boxes[0][0].shape
-    device = y.device
-    inside = torch.ones(count, dtype=torch.bool, device=device)
-    margin = torch.full((count,), torch.inf, dtype=torch.float64, device=device)
-    required = torch.zeros(count, len(boxes), dtype=torch.bool, device=device)
-    max_exit = torch.full((count,), len(boxes) - 1, device=device)
-    own = torch.nn.functional.one_hot(y, classes).bool()
-    for exit, (lower, upper) in enumerate(boxes):
-        last = exit == len(boxes) - 1
-        low = (lower.double().nan_to_num(-torch.inf, torch.inf, -torch.inf) - delta).masked_fill(own, 0.0)
-        high = (upper.double().nan_to_num(torch.inf, torch.inf, -torch.inf) + delta).masked_fill(own, 0.0)
-        can, always = inside.clone(), inside.clone()
-        if not last:
-            ranges, limit = _RANGES[policy.rule], policy.thresholds[exit]
-            fires = policy.fires(exit, logits[exit])
-            asked = (inside & ~fires).nonzero()[:, 0]
-            can[asked] = ~ranges.silent(low[asked], high[asked], limit)
-            always = inside & fires
-            asked = always.nonzero()[:, 0]
-            always[asked] = ranges.certain(low[asked], high[asked], limit)
-        # Where the bound says nothing, the margin is -inf, as is that of a NaN.
-        needed = -upper.double().nan_to_num(torch.inf, torch.inf, -torch.inf)
-        needed = needed.masked_fill(own, torch.inf)
-        if not last:
-            sample, rival = ((high >= 0) & ~own & can[:, None]).nonzero(as_tuple=True)
-            harmless = _second_look(low[sample], high[sample], rival, ranges, limit)
-            needed[sample[harmless], rival[harmless]] = torch.inf
-        margin = torch.where(can, torch.minimum(margin, needed.amin(1)), margin)
-        required[:, exit] = can
-        max_exit[always] = exit
-        inside = inside & ~always
-    return Walk(margin, required, max_exit)
+    own = torch.nn.functional.one_hot(y, boxes[0][0].shape[1]).bool()[:, None]
+    lower, upper = (torch.stack(ends, 1).double() for ends in zip(*boxes, strict=True))
+    lower = lower.where(lower.isfinite(), -torch.inf)
+    upper = upper.where(upper.isfinite(), torch.inf)
+    void = ~(lower - delta <= upper + delta).all(2, keepdim=True)
+    low = (lower - delta).masked_fill(void, -torch.inf).masked_fill(own, 0.0)
+    high = (upper + delta).masked_fill(void, torch.inf).masked_fill(own, 0.0)
+    side = slice(0, len(boxes) - 1)
+    ranges, limits = _RANGES[policy.rule], low.new_tensor(policy.thresholds).expand(len(y), -1)
+    # The last exit always fires.
+    can, always = (torch.ones_like(void[..., 0]) for _ in range(2))
+    fires = torch.zeros_like(can[:, side])
+    for number, z in enumerate(logits[side]):
+        fires[:, number] = policy.fires(number, z)
+    can[:, side] = _ask(ranges.can, low[:, side], high[:, side], limits, ~fires) | fires
+    # What may overflow may be NaN, which never leaves.
+    bounded = (low.isfinite() & high.isfinite()).all(2)[:, side]
+    always[:, side] = _ask(ranges.certain, low[:, side], high[:, side], limits, fires & bounded)
+    max_exit = always.to(torch.uint8).argmax(1)
+    required = can & (torch.arange(len(boxes), device=y.device) <= max_exit[:, None])
+    needed = (-upper).masked_fill(void, -torch.inf).masked_fill(own, torch.inf)
+    # The second look: no point of the box at which the rival class is the largest lets the exit fire.
+    sample, exit, rival = ((high >= 0) & ~own & required[..., None])[:, side].nonzero(as_tuple=True)
+    narrow_low, narrow_high, empty = rival_boxes(low[sample, exit], high[sample, exit], rival)
+    harmless = ~_ask(ranges.can, narrow_low, narrow_high, limits[sample, exit], ~empty)
+    needed[sample[harmless], exit[harmless], rival[harmless]] = torch.inf
+    margins = needed.amin(2).masked_fill(~required, torch.inf)
+    failing = ~(margins > delta)
+    # Where the image itself leaves, the walk might end before it comes to those that fail.
+    before = failing.flip(1).cumsum(1).flip(1) > 0
+    failing[:, side] |= (before & required)[:, side] & fires
+    return Walk(margins.amin(1), required, max_exit, failing)
+
+
+def _ask(question: Question, low: Tensor, high: Tensor, limits: Tensor, asked: Tensor) -> Tensor:
+    """The answers for those boxes that are asked about; False for the others."""
+    return torch.zeros_like(asked).masked_scatter(asked, question(low[asked], high[asked], limits[asked]))
 
 
 def rival_boxes(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,11 +144,3 @@ def rival_boxes(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tenso
     low = low.scatter(1, column, low.gather(1, column).clamp_min(0))
     high = torch.minimum(high, highest)
     return low, high, (low > high).any(1)
-
-
-def _second_look(low: Tensor, high: Tensor, rival: Tensor, ranges: _Range, limit: float) -> Tensor:
-    """Whether no point of a box at which the rival class is the largest lets the exit fire: (pairs,) bool."""
-    low, high, harmless = rival_boxes(low, high, rival)
-    asked = (~harmless).nonzero()[:, 0]
-    harmless[asked] = ranges.silent(low[asked], high[asked], limit)
-    return harmless
