@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -197,6 +198,18 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.ways = iter(ways)
 
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Images alone, where the forward pass can be called so: its other arguments then have their defaults."""
+        function = root_fn
+        if is_module and concrete_args is None and _takes_images_alone(root_fn):
+
+            def function(self: nn.Module, x: Tensor) -> Any:
+                return root_fn(self, x)
+
+        return super().create_args_for_root(function, is_module, concrete_args)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """A known way; branches on data are the base class's, which refuses them."""
         sized: set[fx.Node] = set()
@@ -208,6 +221,13 @@ class _Tracer(fx.Tracer):
         for way in self.ways:
             return way
         raise _Undecided(obj.node)
+
+
+def _takes_images_alone(forward: Callable[..., Any]) -> bool:
+    """Whether all arguments behind self and the images may be left out, and there are such."""
+    more = list(inspect.signature(forward).parameters.values())[2:]
+    varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return bool(more) and all(one.kind in varying or one.default is not one.empty for one in more)
 
 
 def _traced(net: nn.Module, probes: list[Tensor]) -> fx.GraphModule:
