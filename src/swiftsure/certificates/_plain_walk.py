@@ -93,6 +93,8 @@ def _silent(policy: Policy | None, exit: int, low: Array, high: Array) -> bool:
     threshold = policy.thresholds[exit]
     if policy.rule == "entropy":
         return _entropy_at_least(low, high, threshold)
+    if threshold >= 1:
+        return True
     return max(_probability(high[j], np.delete(low, j)) for j in range(len(low))) <= threshold - ROUNDING
 
 
@@ -100,11 +102,14 @@ def _always(policy: Policy | None, exit: int, low: Array, high: Array) -> bool:
     """Whether an exit fires everywhere in a box."""
     assert policy is not None
     threshold = policy.thresholds[exit]
+    # What may overflow may be NaN, which never leaves.
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        return False
     if policy.rule == "entropy":
         return _highest_entropy(low, high) < threshold
     # The largest logit is at least the largest lower end; the others do best just below it.
     top = low.max()
-    return bool(np.isfinite(top)) and 1 / np.exp(np.minimum(high - top, 0.0)).sum() > threshold + ROUNDING
+    return 1 / np.exp(np.minimum(high - top, 0.0)).sum() > threshold + ROUNDING
 
 
 def _probability(logit: float, others: Array) -> float:
@@ -126,7 +131,7 @@ def _entropy(z: Array) -> Array:
 def _highest_entropy(low: Array, high: Array) -> float:
     """At the maximum every logit is as near to one number t, their mean under softmax, as its interval lets it."""
     most = math.log(len(low))
-    if not (np.isfinite(low).all() and np.isfinite(high).all()) or low.max() <= high.min():
+    if low.max() <= high.min():
         return most
     left, right = high.min(), low.max()
     for _ in range(200):
