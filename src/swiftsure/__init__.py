@@ -12,7 +12,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swiftsure import attacks, bounds, certificates, data, exits, models, report, results, training
+    from swiftsure import (
+        adapters,
+        attacks,
+        bounds,
+        certificates,
+        data,
+        exits,
+        models,
+        report,
+        results,
+        training,
+    )
     from swiftsure.ball import Ball
     from swiftsure.bounds import margins
     from swiftsure.certificates import certify
@@ -28,6 +39,7 @@ __all__ = [
     "InputError",
     "SoundnessError",
     "__version__",
+    "adapters",
     "attach",
     "attacks",
     "bounds",

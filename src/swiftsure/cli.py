@@ -303,6 +303,22 @@ COMMANDS = {
             _argument("--out", default="report.html", metavar="PAGE", help="the file (default: report.html)"),
         ),
     ),
+    "record": Command(
+        "Report",
+        "a record of a run as RobustBench keeps them, in JSON or as a row of a table",
+        "swiftsure record runs/demo --about name='A demonstration' --row",
+        (
+            _RUN,
+            _argument(
+                "--about",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="what a run does not know: link, name, authors, venue, additional_data, reported or footnote",
+            ),
+            _argument("--row", action="store_true", help="a row of a markdown table, with its head"),
+        ),
+    ),
     "data list": Command(
         "Data", "the data sets, and which of them are there", "swiftsure data list", (_DATA,)
     ),

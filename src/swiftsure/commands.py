@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from swiftsure import calibration, certificates, data, evaluation, prediction, recipe_file, run
+from swiftsure import adapters, calibration, certificates, data, evaluation, prediction, recipe_file, run
 from swiftsure import demo as demonstration
 from swiftsure import report as pages
 from swiftsure.bounds import memory
@@ -139,6 +140,22 @@ def recheck(options: Namespace) -> None:
 def report(options: Namespace) -> None:
     """swiftsure report."""
     print(pages.page(options.runs, options.out))
+
+
+def record(options: Namespace) -> None:
+    """swiftsure record."""
+    about = {}
+    for text in options.about:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--about is {text!r}; allowed: KEY=VALUE, such as venue='ICLR 2020'")
+        about[key] = {"true": True, "false": False}.get(value, value)
+    entry = adapters.record(options.run, **about)
+    if options.row:
+        columns = adapters.COLUMNS
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n{adapters.as_row(entry)}")
+    else:
+        print(json.dumps(entry, indent=2))
 
 
 def demo(options: Namespace) -> None:
