@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import small_run
 import swiftsure as ss
-from broken_defences import BALL, masked
+from defences import BALL, masked
 from swiftsure import adapters, evaluation, results
 from swiftsure.adapters import AutoAttack, from_foolbox, from_torchattacks
 from swiftsure.attacks import pgd, run_suite

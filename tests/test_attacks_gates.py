@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attacked import generator, images
-from broken_defences import BALL, masked
+from defences import BALL, masked
 from swiftsure.attacks import (
     SLOWDOWNS,
     apgd,

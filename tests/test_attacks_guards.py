@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from broken_defences import BALL, DEFENCES
+from defences import BALL, DEFENCES
 from swiftsure import results
 from swiftsure.attacks import attacks_for, guards, misclassified, pgd, run_suite, square
 from swiftsure.attacks.guards import CHECKS, NOT_EVALUATED, RELIABLE, SUSPICIOUS, guard

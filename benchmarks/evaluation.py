@@ -1,0 +1,117 @@
+"""The tables of docs/evaluation.md: networks of results/ before a suite of attacks, its guards and attacks on the cost.
+
+    python benchmarks/evaluation.py [RUN ...] [--images 1000] [--suite full] [--guards 200] [--threads 1]
+
+What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from swiftsure import run_attacks
+from swiftsure.attacks import SUITE_NAMES
+from swiftsure.errors import InputError
+from swiftsure.run_attacks import Attacked
+from swiftsure.subject import Subject, open_subject
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def table(subject: Subject, attacked: Attacked) -> list[str]:
+    """Lines of markdown: a row an attack."""
+    found, slowed = attacked.found, attacked.slowed
+    several = slowed is not None
+    columns = ["attack", "accuracy", "8-bit", "seconds", *(["multiply-adds"] if several else [])]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rounded, clean = found.accuracy_8bit, float((~found.misclassified).double().mean())
+
+    def row(
+        name: str, left: float | None, left_8bit: float | None, seconds: float | None, macs: float | None
+    ) -> None:
+        cells = [name, _percent(left), _percent(left_8bit), "" if seconds is None else f"{seconds:.1f}"]
+        lines.append(
+            "| " + " | ".join([*cells, *(["" if macs is None else f"{macs:,.0f}"] if several else [])]) + " |"
+        )
+
+    row("none", clean, clean, None, slowed.clean.macs.double().mean().item() if slowed else None)
+    for name, left in found.accuracy.items():
+        row(name, left, rounded[name], found.seconds.get(name), found.macs.get(name))
+    if slowed is not None:
+        for name, answer in slowed.slowed.items():
+            row(name, None, None, slowed.seconds[name], answer.macs.double().mean().item())
+        row("slowdown, all together", None, None, None, slowed.dearest.macs.double().mean().item())
+    lines += [f"\n{name} was left out: {reason}" for name, reason in found.skipped.items()]
+    return lines
+
+
+def guards(attacked: Attacked) -> list[str]:
+    """Lines of markdown: the verdict and every check."""
+    said = attacked.guards
+    lines = [f"Guards: **{said.verdict}** ({said.seconds:.1f} s). {said.reason}.", ""]
+    return lines + [f"- {name}: {check.verdict}; {check.reason}" for name, check in said.checks.items()]
+
+
+def usage(subject: Subject, attacked: Attacked) -> list[str]:
+    """Lines of markdown: the share of images at each exit, and mean multiply-adds, before and after."""
+    slowed = attacked.slowed
+    if slowed is None:
+        return []
+    answers = {"clean": slowed.clean, "attacked": attacked.worst, **slowed.slowed, "slowed": slowed.dearest}
+    exits = range(subject.exits)
+    lines = [f"| images | {' | '.join(f'exit {exit + 1}' for exit in exits)} | multiply-adds |"]
+    lines.append("|---" + "|---" * subject.exits + "|---|")
+    for name, answer in answers.items():
+        shares = answer.exit.bincount(minlength=subject.exits).double() / subject.n
+        cells = [
+            name,
+            *(f"{100 * share:.1f}" for share in shares.tolist()),
+            f"{answer.macs.double().mean():,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Runs before a suite of attacks and its guards, as markdown."
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories (default: all of results/)")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--suite", default="full", choices=SUITE_NAMES)
+    parser.add_argument("--guards", type=int, default=200)
+    parser.add_argument(
+        "--transfer", action="append", default=[], type=Path, help="a run to attack from as well"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for folder in options.runs or sorted(RESULTS.iterdir()):
+        try:
+            subject = open_subject(folder, limit=options.images, device="cpu")
+            began = time.perf_counter()
+            attacked = run_attacks.attack(subject, options.suite, options.transfer, options.guards)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        seconds = time.perf_counter() - began
+        print(
+            f"### {folder.name}\n\nThe first {subject.n:,} test images, L{subject.ball.norm} eps "
+            f"{subject.ball.radius:g}, suite {options.suite}, {options.threads} thread(s), {seconds:.0f} s.\n"
+        )
+        for part in (table(subject, attacked), guards(attacked), usage(subject, attacked)):
+            print("\n".join(part) + "\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
