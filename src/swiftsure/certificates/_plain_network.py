@@ -128,7 +128,15 @@ def read_plainly(net: nn.Module, shape: Sequence[int], *, most_nonzeros: int = M
         Unreadable: an operation is neither affine nor a ReLU, depends on other samples, or does not show as a call of
             a torch function; or the matrices are too large.
     """
-    net = copy.deepcopy(net).cpu().double().eval()
+    try:
+        return _read(copy.deepcopy(net).cpu().double().eval(), shape, most_nonzeros)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # Whatever a network does that other numbers or another type of them do not suit.
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unreadable(f"it does not run on random values in float64: {line}") from None
+
+
+def _read(net: nn.Module, shape: Sequence[int], most_nonzeros: int) -> PlainNetwork:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad():
         image = _random((BATCH, *shape), generator)

@@ -47,8 +47,11 @@ def walk_plainly(boxes: Sequence[Box], y: int, policy: Policy | None, slack: flo
     margin, required = math.inf, []
     for exit, box in enumerate(boxes):
         low, high = (
-            np.where(np.isnan(end), side, end) for end, side in zip(box, (-np.inf, np.inf), strict=True)
+            np.where(np.isfinite(end), end, side) for end, side in zip(box, (-np.inf, np.inf), strict=True)
         )
+        if (low - slack > high + slack).any():
+            # Ends that contradict each other prove nothing.
+            low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
         rivals = [j for j in range(len(low)) if j != y]
         wide_low, wide_high = low - slack, high + slack
         wide_low[y] = wide_high[y] = 0.0
@@ -125,7 +128,8 @@ def _entropy(z: Array) -> Array:
     shifted = z - z.max(axis=-1, keepdims=True)
     weights = np.exp(shifted)
     total = weights.sum(axis=-1)
-    return np.log(total) - (weights * shifted).sum(axis=-1) / total
+    # A logit of -inf adds nothing.
+    return np.log(total) - (weights * np.maximum(shifted, -1e300)).sum(axis=-1) / total
 
 
 def _highest_entropy(low: Array, high: Array) -> float:
@@ -147,7 +151,7 @@ def _entropy_at_least(low: Array, high: Array, threshold: float) -> bool:
     """Whether the entropy is at least a threshold all over a box. Its minimum lies at a vertex."""
     if threshold <= 0:
         return True
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if not np.isfinite(high).all():
         return False
     if len(low) <= ENUMERATED:
         corners = np.array(list(itertools.product((False, True), repeat=len(low))))
@@ -185,7 +189,7 @@ def _lower_bound(low: Array, high: Array) -> tuple[float, float]:
     levels = np.linspace(high.min() - 1, top + 1.5, 65)
     for _ in range(4):
         at_low, at_high = (
-            (levels[:, None] - z) * np.exp(np.maximum(z, -1e300) - levels[:, None]) for z in (low, high)
+            (levels[:, None] - z) * np.exp(z - levels[:, None]) for z in (np.maximum(low, -1e6), high)
         )
         total = np.minimum(at_low, at_high).sum(axis=1)
         bounds = np.where(total > 0, 1 + np.log(np.where(total > 0, total, 1.0)), -np.inf)
