@@ -1,11 +1,13 @@
 """What the README shows runs as written."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import swiftsure as ss
+from swiftsure.recipe import Schedule
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -23,8 +25,21 @@ def test_the_lines_of_python_run_and_prove_something():
     assert not (broken & certificate.certified).any()
 
 
+def test_the_lines_on_exits_run_and_save_work(monkeypatch):
+    monkeypatch.setattr(ss, "fit", partial(ss.fit, schedule=Schedule(epochs=5, warmup=1, ramp=2)))
+    splits = ss.data.load("digits")
+    x, y = splits.test.batch(slice(None))
+    names = {"ss": ss, "splits": splits, "x": x}
+    torch.manual_seed(0)
+    exec(BLOCKS[3], names)
+    answer = names["answer"]
+    assert (answer.label == y).double().mean() > 0.7
+    assert answer.macs.double().mean() < 110_000 < max(names["net"].macs((1, 8, 8)))
+    assert len(answer.exit.unique()) > 1
+
+
 def test_three_lines_turn_a_training_script_into_mixtrain():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     splits = ss.data.load("digits")
     torch.manual_seed(0)
     net = ss.models.build("digits_small", width=8)
