@@ -59,6 +59,7 @@ def alpha_crown(
     upper: bool = True,
     steps: int = STEPS,
     kept: Kept | None = None,
+    climb: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """CROWN's bounds, improved; never looser than CROWN's, as that is where the ascent starts and the best is kept.
 
@@ -69,6 +70,9 @@ def alpha_crown(
         graph, region, spec, upper: as of `crown`.
         steps: of gradient ascent.
         kept: where given, the slopes that were found are put here; networks with other activations than ReLU give none.
+        climb: (batch, outputs, 2) bool, whether a sample's lower and upper bounds of an output are worth an ascent;
+            others are CROWN's. Where no upper bound of an output is, all that counts is whether its lower ones are
+            positive. None: all are.
 
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
@@ -77,23 +81,27 @@ def alpha_crown(
     with torch.inference_mode(False), torch.no_grad():
         region, spec = Region(region.x.clone(), region.ball), None if spec is None else spec.clone()
         network = Substitution(graph, region, "tight", refine=True)
+        if climb is None:
+            climb = torch.ones(len(region.x), len(graph.outputs), 2, dtype=torch.bool, device=region.x.device)
         bounds = []
         for number, output in enumerate(graph.outputs):
             functions = spec_or_logits(network.centers[output], spec)
-            lower = network.output(output, functions, upper=False)[0]
-            until_positive = spec is not None and not upper
-            lower, found = _ascend(network, output, functions, lower, steps, until_positive, kept is not None)
-            if kept is not None:
-                kept.update({(sample, number, False): slopes for sample, slopes in found.items()})
-            if upper:
-                rise = network.output(output, -functions, upper=False)[0]
-                rise, found = _ascend(network, output, -functions, rise, steps, False, kept is not None)
-                rise = -rise
+            sides = [torch.full(functions.shape[:2], torch.inf).to(functions) for _ in range(2)]
+            for above in (False, True)[: 1 + upper]:
+                asked = -functions if above else functions
+                until_positive = spec is not None and not (upper and climb[:, number, 1].any())
+                sides[above], found = _ascend(
+                    network,
+                    output,
+                    asked,
+                    climb[:, number, int(above)],
+                    steps,
+                    until_positive,
+                    kept is not None,
+                )
                 if kept is not None:
-                    kept.update({(sample, number, True): slopes for sample, slopes in found.items()})
-            else:
-                rise = torch.full_like(lower, torch.inf)
-            bounds.append((lower, rise))
+                    kept.update({(sample, number, above): slopes for sample, slopes in found.items()})
+            bounds.append((sides[0], -sides[1] if upper else sides[1]))
     return bounds
 
 
@@ -101,25 +109,30 @@ def _ascend(
     network: Substitution,
     output: int,
     functions: Tensor,
-    lower: Tensor,
+    climb: Tensor,
     steps: int,
     until_positive: bool,
     keep: bool,
 ) -> tuple[Tensor, dict[int, Slopes]]:
-    """Lower bounds (batch, functions) of functions (batch, functions, classes), better than CROWN's; their slopes."""
-    best = lower.clone()
-    # Written so that NaN stays open.
-    open_ = ~(lower > ENOUGH) if until_positive else torch.ones_like(lower, dtype=torch.bool)
+    """Lower bounds (batch, functions) of functions (batch, functions, classes), and the slopes of those that climbed.
+
+    They are CROWN's, or better where samples climb: (batch,) bool.
+    """
+    best = network.output(output, functions, upper=False)[0]
+    open_ = climb[:, None].expand_as(best)
+    if until_positive:
+        # Written so that NaN stays open.
+        open_ = open_ & ~(best > ENOUGH)
     undecided = open_.any(1).nonzero()[:, 0]
     slopes: dict[int, Slopes] = {}
     if not network.bends:
         return best, slopes
     # One sample's slopes do not depend on another's: so many samples at once as fit.
     nodes = network.graph.ancestors(output)
-    units = max(1, sum(len(bends.lower) for bends in network.bends.values()) // len(lower))
+    units = max(1, sum(len(bends.lower) for bends in network.bends.values()) // len(best))
     values = sum(int(torch.Size(network.graph.nodes[i].shape).numel()) for i in nodes)
     size = functions.shape[1] * (values + _TENSORS_OF_A_SLOPE * units)
-    for samples in undecided.split(memory.rows_at_once(size, lower)):
+    for samples in undecided.split(memory.rows_at_once(size, best)):
         some = network.restricted(samples)
         ascent = _Ascent(some, output, functions[samples], best[samples], keep)
         best[samples] = ascent.run(open_[samples], steps, until_positive)
