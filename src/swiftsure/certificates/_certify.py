@@ -242,8 +242,8 @@ class _Proof:
     def undecided(self, name: str) -> Tensor:
         """Which samples are worth a technique: those whose label it may prove; intervals bound the cost of all.
 
-        (Tighter bounds of the cost alone are not: on mnist_small with two side exits at eps .1 crown-ibp on every sample
-        lowers the mean from 457 to 447 thousand multiply-adds, for five times the time.)
+        (Tighter bounds of the cost alone are not: on mnist_small with two side exits at eps .1 crown-ibp on every
+        sample lowers the mean from 457 to 447 thousand multiply-adds, for five times the time.)
         """
         label = self.right & ~self.certified & ~self.broken
         # The image itself leaves by its exit: no proof can promise less.
