@@ -69,6 +69,35 @@ def test_merging_fills_the_accuracies_and_leaves_its_input_alone():
     assert results.merge_part(results.merge_part(empty, "clean", CLEAN), "clean", None) == empty
 
 
+def test_images_of_eight_bits_are_some_of_all(full):
+    rounded = {"pgd": 0.91, "fgsm": 0.92, "union": 0.9}
+    guards = {
+        "n": 200,
+        "verdict": "reliable",
+        "reason": "",
+        "checks": {"eps": {"verdict": "reliable", "reason": "it falls"}},
+    }
+    joined = results.merge_part(full, "attacked", {**ATTACKED, "accuracy_8bit": rounded, "guards": guards})
+    jsonschema.validate(joined, results.schema())
+    assert joined["robust_accuracy"] == ATTACKED["accuracy"]
+    for wrong, said in (
+        ({**rounded, "union": 0.915}, "attacked.accuracy_8bit.union is 0.915; allowed: at most"),
+        ({**rounded, "pgd": 0.89, "union": 0.89}, "accuracy_8bit.pgd is 0.89; allowed: at least"),
+    ):
+        with pytest.raises(InputError, match=said):
+            results.merge_part(full, "attacked", {**ATTACKED, "accuracy_8bit": wrong})
+    for part, value in (
+        ("attacked", {**ATTACKED, "guards": {**guards, "verdict": "fine"}}),
+        ("attacked", {**ATTACKED, "guards": {"n": 1}}),
+        ("seconds", {"by_attack": {"pgd": -1.0}}),
+        ("macs", {"by_attack": {"pgd": None}}),
+    ):
+        with pytest.raises(InputError):
+            results.merge_part(full, part, value)
+    timed = results.merge_part(full, "seconds", {"by_attack": {"pgd": 1.5}, "guards": 2.0})
+    jsonschema.validate(timed, results.schema())
+
+
 def test_measures_join_key_by_key(full):
     joined = results.merge_part(full, "seconds", {"attack": 2.5})
     joined = results.merge_part(joined, "macs", {"paper": 0.4})
