@@ -248,11 +248,6 @@ def _wider(lines: Lines) -> None:
     first(lines, lambda line: line["certified"] and line["margin"] is not None)["margin"] += 0.1
 
 
-def _lower(lines: Lines) -> None:
-    line = first(lines, lambda line: line["certified"] and (line["margin"] or 0) > 0.2)
-    line["margin"] -= 0.1
-
-
 def _image(lines: Lines) -> None:
     lines[1]["image"] = "0" * 16
 
@@ -265,7 +260,6 @@ EDITS: dict[str, tuple[type[Exception], Callable[[Lines], None], str]] = {
     "fewer exits": (SoundnessError, _fewer_exits, r"leave by exits \[1\], but they may by \[0, 1\]"),
     "a dearer exit": (InputError, _dearer, "last as 1, but they are"),
     "a larger margin": (InputError, _wider, "in the file, but it is"),
-    "a smaller margin": (InputError, _lower, "in the file, but it is"),
     "another image": (InputError, _image, "another image"),
 }
 
