@@ -1,6 +1,7 @@
 """Attacks on what is deployed: the exit that answers, gates forced, transfer, and the cost."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -216,3 +217,24 @@ def test_bad_input():
         run_slowdown(net, x, y, Ball(0.1))
     with pytest.raises(InputError, match="1 thresholds for 3 exits"):
         force_gates(net, x, y, Ball(0.1), policy=Policy("entropy", [0.5]))
+
+
+@pytest.mark.parametrize("rule", ["entropy", "confidence"])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes(classes, rule):
+    """A ball that holds every image: all attacks on what is deployed break every sample that can be broken."""
+    torch.manual_seed(4)
+    heads = [nn.Sequential(nn.Flatten(), nn.Linear(16, classes)) for _ in range(2)]
+    for head in heads:
+        head[1].weight.data *= 20
+    net = MultiExit(
+        [nn.Identity(), nn.Identity()], heads, Policy(rule, [0.3 if rule == "entropy" else 0.9])
+    ).eval()
+    x = images(0, 12, 1, 4, 4) * 0.2 + 0.4
+    y, policy = net.adaptive(x).label, net.policy
+    attacks = attacks_for("standard", 2, 1, policy)
+    chosen = {name: attacks[name] for name in ("apgd_deployed", "apgd_t_deployed", "apgd_gates")}
+    chosen["square"] = partial(attacks["square5000_deployed"], steps=300)
+    found = run_suite(net, x, y, Ball(1.0), judge=policy.misclassified, answer=net.adaptive, attacks=chosen)
+    assert all(flags.all() for flags in found.broken.values())
+    assert run_slowdown(net, x, y, Ball(1.0), steps=40).dearest.exit.all()
