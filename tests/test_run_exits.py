@@ -92,7 +92,9 @@ def test_what_is_measured_is_the_deployed_network(evaluated: Path) -> None:
     for name in ("clean", "attacked", "slowdown"):
         assert sum(found["exits"][name]) == pytest.approx(1)
         assert macs[name] == pytest.approx(np.dot(found["exits"][name], costs))
-    assert found["verified"] is None
+    assert found["verified"]["accuracy"] <= found["attacked"]["accuracy"]["union"]
+    assert macs["slowdown"] <= macs["certified_max"] <= costs[-1]
+    assert sum(found["exits"]["certified"]) == pytest.approx(1)
     assert all(value > 0 for value in found["latency_ms"].values())
     table = samples.read(evaluated)
     assert list(table)[:6] == ["index", "label", "prediction", "correct", "exit", "macs"]

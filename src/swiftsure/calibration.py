@@ -125,5 +125,6 @@ def _forget(folder: Path) -> None:
         kept = {name: known[name] for name in ("seed", "device", "versions", "weights_sha256")}
         kept["seconds"] = {"train": known["seconds"]["train"]}
         files.write_json(path, results.merge_parts(results.empty_results(), kept))
-    for name in (samples.NAME, certificates.NAME, examples.NAME, examples.BROKEN, run.SWEEP, PAGE):
+    proofs = (certificates.NAME, certificates.SLOPES_NAME)
+    for name in (samples.NAME, *proofs, examples.NAME, examples.BROKEN, run.SWEEP, PAGE):
         (folder / name).unlink(missing_ok=True)

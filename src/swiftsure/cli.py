@@ -306,7 +306,7 @@ COMMANDS = {
     "record": Command(
         "Report",
         "a record of a run as RobustBench keeps them, in JSON or as a row of a table",
-        "swiftsure record runs/demo --about name='A demonstration' --row",
+        "swiftsure record runs/demo --about name=mine --row",
         (
             _RUN,
             _argument(

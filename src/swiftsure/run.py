@@ -8,6 +8,7 @@ log.jsonl             one line an epoch
 results.json          what was measured; its presence says that training is finished
 samples.csv           one row a test image, with every verdict (see `swiftsure.samples`)
 certificates.jsonl    the certificates (see `swiftsure.certificates`)
+certificates.safetensors  slopes that some of them rest on
 examples.npz          images with the worst found for each, for the page
 sweep.json            accuracy and cost as thresholds change (see `swiftsure.sweep`), for the page
 report.html           the page
@@ -43,7 +44,17 @@ from swiftsure.training.state import NAME as STATE_FILE
 
 RECIPE, LOG, STATE, SWEEP = "recipe.yaml", "log.jsonl", "state", "sweep.json"
 FILES = (
-    *(RECIPE, LOG, STATE, WEIGHTS, CONFIG, results.NAME, samples.NAME, certificates.NAME),
+    *(
+        RECIPE,
+        LOG,
+        STATE,
+        WEIGHTS,
+        CONFIG,
+        results.NAME,
+        samples.NAME,
+        certificates.NAME,
+        certificates.SLOPES_NAME,
+    ),
     *(examples.NAME, examples.BROKEN, SWEEP, "report.html"),
 )
 """All that swiftsure itself ever puts into a run directory."""

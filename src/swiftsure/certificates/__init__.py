@@ -5,6 +5,7 @@ from swiftsure.certificates._certify import METHODS, Certificate, certify, verif
 from swiftsure.certificates._precision import certifying
 from swiftsure.certificates._recheck import Recheck, recheck
 from swiftsure.certificates._rounding import FLOOR, SAFETY, rounding_slack
+from swiftsure.certificates._slopes import SLOPES_NAME
 from swiftsure.certificates._storage import NAME, CertificateFile, read, write
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "METHODS",
     "NAME",
     "SAFETY",
+    "SLOPES_NAME",
     "Certificate",
     "CertificateFile",
     "Promise",
