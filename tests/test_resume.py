@@ -45,7 +45,7 @@ def same_weights(first: Path, second: Path) -> bool:
 
 def test_killed_with_sigkill_at_random_moments(tmp_path: Path) -> None:
     small = write_recipe(tmp_path)
-    longer = ("--set", "schedule.epochs=6", "--set", "optimizer.decay=step", "--set", "loss.k=3")
+    longer = ("--set", "schedule.epochs=8", "--set", "optimizer.decay=step", "--set", "loss.k=3")
     straight = start("train", small, *longer, "--out", tmp_path / "straight")
     broken = tmp_path / "broken"
     draw = random.Random(2718)
@@ -57,14 +57,14 @@ def test_killed_with_sigkill_at_random_moments(tmp_path: Path) -> None:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.15))
         if process.poll() is not None:
-            # An unlucky machine may have finished before the third kill; then there was still one.
+            # An unlucky machine may have finished before the third kill.
             assert process.returncode == 0, process.communicate()
             break
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         kills += 1
-    assert kills >= 1
+    assert kills >= 2
     assert epochs_done(broken) > 0
     last = start("train", small, *longer, "--out", broken, "--resume")
     assert (last.communicate()[1], last.returncode) == ("", 0)
