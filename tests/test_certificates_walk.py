@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from swiftsure.certificates import _walk
-from swiftsure.certificates._walk import Walk, rival_boxes, walk
+from swiftsure.certificates._walk import Walk, walk
 from swiftsure.exits import Policy, entropy
+from unsound_walks import WRONG_SECOND_LOOKS, WRONG_WALKS
 
 INF, NAN = math.inf, math.nan
 Ends = list[tuple[float, float]]
@@ -217,54 +217,6 @@ def test_no_point_of_the_boxes_contradicts_the_walk(seed: int, rule: str) -> Non
     assert not contradicted(found, boxes, y, policy, delta).any()
     # What is proven needs nothing more, and what is not has an exit to blame.
     assert torch.equal(found.margin > delta, ~found.open.any(1))
-
-
-def only_the_last_exit(boxes: Any, y: Tensor, policy: Policy, delta: float, logits: Any) -> Walk:
-    """A verdict that ignores which exit fires."""
-    found = walk(boxes, y, policy, delta, logits)
-    return replace(found, margin=walk(boxes[-1:], y, Policy("entropy", []), delta, logits[-1:]).margin)
-
-
-def without_widening(boxes: Any, y: Tensor, policy: Policy, delta: float, logits: Any) -> Walk:
-    return walk(boxes, y, policy, 0.0, logits)
-
-
-def where_the_image_leaves(boxes: Any, y: Tensor, policy: Policy, delta: float, logits: Any) -> Walk:
-    """A cost that is that of the image itself."""
-    return replace(walk(boxes, y, policy, delta, logits), max_exit=policy.exit_of(logits))
-
-
-def up_to_where_the_image_leaves(boxes: Any, y: Tensor, policy: Policy, delta: float, logits: Any) -> Walk:
-    found = walk(boxes, y, policy, delta, logits)
-    before = torch.arange(len(boxes)) <= policy.exit_of(logits)[:, None]
-    return replace(found, required=found.required & before)
-
-
-WRONG_WALKS = (only_the_last_exit, without_widening, where_the_image_leaves, up_to_where_the_image_leaves)
-
-
-def rival_at_its_lowest(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The second look, with all others held below the *lower* end of the rival."""
-    low, high, _ = rival_boxes(low, high, rival)
-    high = torch.minimum(high, low.gather(1, rival[:, None])).scatter(
-        1, rival[:, None], high.gather(1, rival[:, None])
-    )
-    return low, high, (low > high).any(1)
-
-
-def rival_without_the_label(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The second look, with the label's own entry, 0, forgotten when others are held below the rival."""
-    low, high, empty = rival_boxes(low, high, rival)
-    return low.clamp_min(0), high.clamp_min(0), empty
-
-
-def rival_ahead_of_all(low: Tensor, high: Tensor, rival: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The second look at a box in which the rival is left out where another class may exceed it."""
-    narrow_low, narrow_high, empty = rival_boxes(low, high, rival)
-    return narrow_low, narrow_high, empty | (high.amax(1) > high.gather(1, rival[:, None])[:, 0])
-
-
-WRONG_SECOND_LOOKS = (rival_at_its_lowest, rival_without_the_label, rival_ahead_of_all)
 
 
 def least_at_the_lower_corner(low: Tensor, high: Tensor, limit: Tensor) -> Tensor:
