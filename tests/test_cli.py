@@ -119,6 +119,8 @@ def test_from_recipe_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "parameters" in capsys.readouterr().out
     assert main(["recheck", str(folder)]) == 0
     assert re.search(r"^\d+ of 20 samples are certified, and proven again", capsys.readouterr().out)
+    assert main(["recheck", str(folder), "--limit", "3"]) == 0
+    assert re.search(r"^\d of 3 samples are .*\n.*plain reference in float64: 3 ", capsys.readouterr().out)
     page = tmp_path / "pages" / "two.html"
     assert main(["report", str(folder), str(folder), "--out", str(page)]) == 0
     assert capsys.readouterr().out == f"{page}\n"
