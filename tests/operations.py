@@ -374,6 +374,7 @@ REFUSED: dict[str, list[Spelling]] = {
         module(lambda: nn.MaxPool3d(2), solid, line="MaxPool3d"),
         call("F.interpolate", lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), "signs"),
         call("x.max", lambda x: x.amax(1), "both axes"),
+        call("F.max_pool2d", lambda x: F.max_pool2d(x[:, :, :2, :2], 2, 1, 1, dilation=3), "padding alone"),
     ],
     "dropout that stays on, shapes that mix samples, what depends on how many there are": [
         call("F.dropout", F.dropout, "training"),

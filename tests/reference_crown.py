@@ -103,7 +103,7 @@ class Curve:
 
 
 class Tied(Exception):
-    """Two inputs of a pooling window have the same lower bound, and either may be the one to rest on."""
+    """Two inputs of a pooling window leave the same area, and either may be the one to rest on."""
 
 
 class Tape(Abstract):
@@ -177,23 +177,56 @@ class Tape(Abstract):
         return value
 
     def max_pool(self, box: Interval, windows: list[list[int]]) -> Tape:
+        """Each output z' between lines around that one z of its inputs which leaves the least between them at
+        mid-interval; for z' is at least max(z, the highest lower bound), and at most max(z, all others' upper bounds).
+        """
         lower, upper = self.bounded()
         below = torch.zeros(len(windows), self.units, dtype=torch.float64)
-        above, shift_below, shift_above = below.clone(), torch.zeros(len(windows)).double(), []
+        above, shift_below, shift_above = below.clone(), [], []
         for unit, window in enumerate(windows):
-            chosen = max(window, key=lambda i: lower[i].item())
-            if sum(lower[i].item() > lower[chosen].item() - 1e-9 for i in window) > 1:
-                raise Tied
-            rivals = [upper[i] for i in window if i != chosen]
-            excess = (max(rivals) - lower[chosen]).clamp_min(0) if rivals else torch.zeros(()).double()
-            below[unit, chosen] = 1.0
-            exact = excess.item() == 0
-            if exact or self.region.lines == "parallel":
-                above[unit, chosen] = 1.0
-                shift_above.append(excess)
-            else:
-                shift_above.append(max([upper[i] for i in window]))
-        return Tape(self.region, box, [(self, below)], shift_below, [(self, above)], torch.stack(shift_above))
+            found = []
+            for i in window:
+                lines = self._lines_of_a_largest(i, window, lower, upper)
+                heights = [slope * (lower[i] + upper[i]) / 2 + shift for slope, shift in lines]
+                found.append(((heights[1] - heights[0]).item(), i, lines))
+            (least, chosen, lines), *others = sorted(found, key=lambda entry: entry[0])
+            for area, i, alike in others:
+                if (
+                    area < least + 1e-9
+                    and lower[i] < upper[i]
+                    and any(slope != 0 for slope, _ in (*lines, *alike))
+                ):
+                    raise Tied
+            (below[unit, chosen], least_shift), (above[unit, chosen], largest_shift) = lines
+            shift_below.append(least_shift)
+            shift_above.append(largest_shift)
+        return Tape(
+            self.region,
+            box,
+            [(self, below)],
+            torch.stack(shift_below),
+            [(self, above)],
+            torch.stack(shift_above),
+        )
+
+    def _lines_of_a_largest(
+        self, i: int, window: list[int], lower: Tensor, upper: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(slope, shift) of the line below and of the line above, resting on input i."""
+        zero, one = torch.zeros(()).double(), torch.ones(()).double()
+        rivals = [upper[j] for j in window if j != i]
+        if not rivals or max(rivals) <= lower[i]:
+            return (one, zero), (one, zero)
+        floor, ceiling = max(lower[j] for j in window), max(rivals)
+        ends = [torch.maximum(end, ceiling) for end in (lower[i], upper[i])]
+        chord = (ends[1] - ends[0]) / (upper[i] - lower[i]) if upper[i] > lower[i] else zero
+        above = (chord, ends[0] - chord * lower[i])
+        if self.region.lines == "parallel":
+            turn = min(max(floor, lower[i]), upper[i])
+            corners = [torch.maximum(z, floor) - chord * z for z in (lower[i], turn, upper[i])]
+            return (chord, min(corners)), above
+        rises = (lower[i] + upper[i]) / 2 > floor
+        return ((one, zero) if rises else (zero, floor)), above
 
     def bounded(self) -> tuple[Tensor, Tensor]:
         """l, u of each unit: intervals', side by side with the technique's own if that refines."""

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import operations
-from spelling import CHANNELS, SIZE, Spelling
+from spelling import CHANNELS, SIZE, Spelling, parameter, weighed
 from swiftsure import bounds
 from swiftsure.ball import Ball
 from swiftsure.bounds import operations as operations_of_graphs
@@ -138,9 +139,27 @@ def test_exact_bounds_are_attained_and_never_left(spelling: Spelling, methods: l
             )
 
 
+def strided(sizes: tuple[int, int], pads: tuple[Any, Any]) -> Spelling:
+    """A sum of two convolutions of a third one's map, from and beyond its padding."""
+
+    def total(self: Any, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.front, padding=1)
+        parts = zip((self.a, self.b), pads, strict=True)
+        return sum(F.conv2d(x, kernel, stride=3, padding=pad) for kernel, pad in parts)
+
+    a, b = (parameter(3, CHANNELS, size, size) for size in sizes)
+    return weighed(f"strided {sizes} {pads}", total, front=parameter(CHANNELS, CHANNELS, 3, 3), a=a, b=b)
+
+
+# Rows of single units meet in windows of unlike sizes and places.
+STRIDED = [
+    strided((1, 1), (1, 1)), strided((1, 3), ((1, 0), (2, 1))), strided((4, 1), (1, 0)), strided((2, 4), (1, 2))
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("negated", [False, True], ids=["", "negated"])
 @pytest.mark.parametrize(
-    "spelling", [case.values[0] for case in cases("exact") if "crown" in case.values[1]], ids=str
+    "spelling", [*[case.values[0] for case in cases("exact") if "crown" in case.values[1]], *STRIDED], ids=str
 )
 def test_rows_of_single_units_are_the_gradient(spelling: Spelling, negated: bool) -> None:
     """As hidden units are bounded: on maps by windows, which must hold what whole maps would."""

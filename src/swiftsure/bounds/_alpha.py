@@ -16,7 +16,8 @@ from torch import Tensor
 
 from swiftsure.bounds import memory
 from swiftsure.bounds import operations as ops
-from swiftsure.bounds._substitution import Substitution, spec_or_logits
+from swiftsure.bounds._spec import require_spec, spec_or_logits
+from swiftsure.bounds._substitution import Substitution
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
 from swiftsure.bounds.rows import Rows
@@ -77,6 +78,7 @@ def alpha_crown(
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
     """
+    require_spec(spec, graph, region)
     # In a caller's inference mode nothing has gradients, nor has what was made in it: hence the copies.
     with torch.inference_mode(False), torch.no_grad():
         region, spec = Region(region.x.clone(), region.ball), None if spec is None else spec.clone()

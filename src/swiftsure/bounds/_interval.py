@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swiftsure.bounds import operations as ops
+from swiftsure.bounds._spec import require_spec
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
 
@@ -56,6 +57,7 @@ def interval(
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
     """
+    require_spec(spec, graph, region)
     known = Intervals(graph, region)
     bounds = []
     for output in graph.outputs:

@@ -18,6 +18,7 @@ from torch import Tensor
 from swiftsure.bounds import memory
 from swiftsure.bounds import operations as ops
 from swiftsure.bounds._interval import Intervals
+from swiftsure.bounds._spec import require_spec, spec_or_logits
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
 from swiftsure.bounds.relaxation import Relaxation
@@ -113,20 +114,27 @@ class Substitution:
                     side.reshape(-1).index_copy(0, chosen, new).view(side.shape)
                     for side, new in zip((lower, upper), refined, strict=True)
                 )
-        best, excess, highest = pool.choose(lower, upper)
+        best, *ends = pool.choose(lower, upper, parallel=self.lines == "parallel")
         self.pools[index] = best
-        bent = ~(excess <= 0)  # NaN bends
+        bent = ~(ends[3] <= ends[0])  # NaN bends
         unit = bent.flatten().nonzero()[:, 0]
-        excess = excess.reshape(-1)[unit]
-        one = torch.ones_like(excess)
-        slope = torch.ones_like(highest)
+        low, high, floor, ceiling = (end.reshape(-1)[unit] for end in ends)
+        slope, one = torch.ones_like(best, dtype=lower.dtype), torch.ones_like(low)
+        # max(z, m) = m + relu(z - m), for m both floor and ceiling.
+        up_slope, _, rise = _RELU.parallel(low - ceiling, high - ceiling)
+        largest = rise + (one - up_slope) * ceiling
         if self.lines == "parallel":
-            half = excess / 2
-            return _relaxation(slope, None, unit, one, half, (one, -half), (one, half), True)
-        # Below, the chosen input; above, the highest value of all, a constant.
+            least = _RELU.extremes(up_slope, low - floor, high - floor)[0] + (one - up_slope) * floor
+            gap = (largest - least) / 2
+            return _relaxation(
+                slope, None, unit, up_slope, least + gap, (up_slope, -gap), (up_slope, gap), True
+            )
+        low_slope = _RELU.tight(low - floor, high - floor)[0]
         center = _pick(self.centers[source], best).reshape(-1)[unit]
-        highest, zero = highest.reshape(-1)[unit], torch.zeros_like(excess)
-        return _relaxation(slope, None, unit, zero, highest, (one, center - highest), (zero, None), False)
+        low_gap = (low_slope - up_slope) * center + (one - low_slope) * floor - largest
+        return _relaxation(
+            slope, None, unit, up_slope, largest, (low_slope, low_gap), (up_slope, None), False
+        )
 
     def restricted(self, samples: Tensor) -> Substitution:
         """The same for some samples of the batch, given by increasing index."""
@@ -288,6 +296,7 @@ class Bends:
         return Bends(self.activation, *[tensor[kept] for tensor in known])
 
 
+_RELU = ops.Relu()
 _UNMIXED = (ops.Scale, ops.Reshape)
 """Operations whose every output sees one input; so intervals stay exact, and errors cannot cancel."""
 
@@ -298,6 +307,7 @@ def substitution(
     """A technique: bounds of each output, or of linear functions of it, by one kind of substitution."""
 
     def bound(graph: Graph, region: Region, spec: Tensor | None, upper: bool) -> list[tuple[Tensor, Tensor]]:
+        require_spec(spec, graph, region)
         network = Substitution(graph, region, lines, refine=refine)
         return [
             network.output(output, spec_or_logits(network.centers[output], spec), upper=upper)
@@ -305,14 +315,6 @@ def substitution(
         ]
 
     return bound
-
-
-def spec_or_logits(logits: Tensor, spec: Tensor | None) -> Tensor:
-    """The functions asked for: (batch, functions, classes); each logit alone where none are given."""
-    if spec is not None:
-        return spec
-    identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-    return identity.expand(len(logits), -1, -1)
 
 
 def _relaxation(

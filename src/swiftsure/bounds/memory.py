@@ -94,14 +94,15 @@ def parse(text: str | int | float) -> int:
     Raises:
         InputError: anything else.
     """
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+    units = {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+    units |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "": 1}
     plain = str(text).strip().lower().removesuffix("b").strip()
-    for unit in ("ki", "mi", "gi", "k", "m", "g", ""):
+    for unit in units:
         if plain.endswith(unit):
             try:
                 size = float(plain.removesuffix(unit)) * units[unit]
             except ValueError:
                 continue
-            if 0 < size < 1e18:
+            if 1 <= size < 1e18:
                 return int(size)
     raise InputError(f'memory is {text!r}; allowed: bytes, or a size such as "4GB" or "512MiB"')

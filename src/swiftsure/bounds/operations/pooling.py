@@ -15,8 +15,13 @@ Pair = tuple[int, int]
 class MaxPool2d:
     """Max pooling of any kernel, stride, padding and dilation; padding counts as minus infinity.
 
-    Its relaxation rests on one input of the window, the *chosen* one, whose lower bound is the highest: the output is
-    at least the chosen input, and at most the larger of the chosen one and the rivals' highest upper bound.
+    Its relaxation rests on one input z of the window. With *floor*, the highest lower bound of the window, and
+    *ceiling*, the highest upper bound of the others,
+
+        max(z, floor)  <=  output  <=  max(z, ceiling),
+
+    as the output is at least z and at least any lower bound, and it is z or one of the others. Both sides are ReLUs of
+    z moved along the diagonal, with lines around them as around ReLUs. Any z is sound; `choose` takes the best.
 
     Args:
         kernel, stride, padding, dilation: pairs, as in F.max_pool2d.
@@ -55,6 +60,11 @@ class MaxPool2d:
         picked = z.flatten(2)[:, :, index.flatten()].view(*z.shape[:2], *index.shape)
         return picked.masked_fill(~inside, outside)
 
+    @property
+    def sees_padding_alone(self) -> bool:
+        """Whether some window lies on padding alone, where torch returns minus infinity."""
+        return not bool(self._places(torch.device("cpu"))[1].any(0).all())
+
     def _places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Flat index into a channel of each window's places, and which of them lie on the map: (places, outputs)."""
         (rows, in_rows), (columns, in_columns) = (self._axis(axis, device) for axis in (0, 1))
@@ -85,20 +95,37 @@ class MaxPool2d:
         flat = index.flatten().expand(*lower.shape[:2], -1)
         return counts.scatter_add_(2, flat, reaches.flatten(2).to(counts)).view(lower.shape) > 0
 
-    def choose(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input that each output rests on.
+    def choose(self, lower: Tensor, upper: Tensor, *, parallel: bool) -> tuple[Tensor, ...]:
+        """The input that each output rests on: the one around which the lines leave the least area.
+
+        For parallel lines that is the input with the highest upper bound: any other has ceiling >= z, so both of its
+        lines are flat, at floor and ceiling, which lines around the highest one can be too. For two slopes the same,
+        or the one with the highest centre: all but the highest have a flat line above them, at one height, and of
+        lines below them the highest at mid-interval is the highest centre (or floor, which is no more).
+
+        Args:
+            lower, upper: of the inputs, (batch, *input_shape).
+            parallel: whether both lines have one slope.
 
         Returns:
-            Three of (batch, *output_shape): the chosen input as a flat index into its channel; how far the output may
-            exceed it (0: it is the largest for certain); the highest upper bound of its window.
+            Five of (batch, *output_shape): the chosen input z as a flat index into its channel; its lower and upper
+            bound; floor; ceiling. Where ceiling is no more than z's lower bound, the output is z.
         """
         low, high = self.windows(lower, -torch.inf), self.windows(upper, -torch.inf)
-        best, place = low.max(2, keepdim=True)
-        rivals = high.scatter(2, place, -torch.inf).amax(2, keepdim=True)
+        floor = low.amax(2, keepdim=True)
+        highest, place = high.max(2, keepdim=True)
+        ceiling = high.scatter(2, place, -torch.inf).amax(2, keepdim=True)
+        if not parallel:
+            middle = (low + high) / 2
+            center, central = middle.max(2, keepdim=True)
+            # Heights at mid-interval; a chord has the mean of its ends'.
+            above = (highest + ceiling.maximum(low.gather(2, place))) / 2
+            better = highest - center < above - floor.maximum(middle.gather(2, place))
+            place, ceiling = torch.where(better, central, place), torch.where(better, highest, ceiling)
         index, _ = self._places(lower.device)
         chosen = index.expand(*low.shape).gather(2, place)
-        shape = (len(lower), *self.output_shape)
-        return chosen.view(shape), (rivals - best).relu().view(shape), high.amax(2).view(shape)
+        found = (chosen, low.gather(2, place), high.gather(2, place), floor, ceiling)
+        return tuple(part.view(len(lower), *self.output_shape) for part in found)
 
 
 @dataclass(frozen=True)

@@ -90,5 +90,7 @@ def _as_maps(call: Call, dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _on_maps(call: Call, pool: ops.MaxPool2d, before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    if pool.sees_padding_alone:
+        raise call.refusal("a window lies on padding alone")
     source = call.reshape(before, call.source)
     return call.reshape(call.result, call.append(pool, after, source))
