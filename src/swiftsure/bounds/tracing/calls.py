@@ -107,6 +107,11 @@ class Call:
             InputError: one of them does not depend on the image.
         """
         nodes = self._raw(name, position, ())
+        if isinstance(nodes, fx.Node) and nodes in self.done.parts:
+            whole, source = self.done.parts[nodes], self.done.index[nodes]
+            with torch.no_grad():
+                found = whole(self.traced.probe.new_zeros(2, *self.shape(source)))
+            return [self.map(_part(whole, i), tuple(part.shape[1:]), source) for i, part in enumerate(found)]
         if not isinstance(nodes, list | tuple) or not all(
             isinstance(node, fx.Node) and node in self.done.index for node in nodes
         ):
@@ -172,9 +177,7 @@ class Call:
         with torch.no_grad():
             together, alone, none = function(z), function(z[1:]), function(torch.zeros_like(z))
         if together.shape[1:] != after or not torch.allclose(together[1:], alone, rtol=1e-3, atol=1e-5):
-            raise InputError(
-                f"{self.traced.where(self.node)} mixes the samples of a batch; bounds are per sample"
-            )
+            raise self.mixing()
         if none.any():
             raise self.refusal("it adds a constant")
         return self.append(ops.NonnegativeMap(function, before, shifted), after, source)
@@ -195,9 +198,19 @@ class Call:
         if unread:
             raise self.refusal(f"with its {', '.join(unread)}")
 
+    def mixing(self) -> InputError:
+        """The error for a call whose result for an image depends on what else is in the batch."""
+        return InputError(
+            f"{self.traced.where(self.node)} mixes the samples of a batch; bounds are per sample"
+        )
+
     def refusal(self, reason: str = "") -> InputError:
         """The error for a call without a rule."""
         return self.traced.refusal(self.node, reason)
+
+
+def _part(function: Callable[[Tensor], Any], index: int) -> Callable[[Tensor], Tensor]:
+    return lambda z: function(z)[index]
 
 
 def axes(value: Any, dims: int) -> tuple[int, ...]:

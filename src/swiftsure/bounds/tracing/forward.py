@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
+import os
+import traceback
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from swiftsure.bounds.tracing.tracer import is_of_shapes, traced
 from swiftsure.errors import InputError
 from swiftsure.modes import evaluating
 
@@ -19,8 +22,6 @@ SUPPORTED = (
 )
 _BATCHES = (3, 2)
 """Of two sizes, so that a value that mixes samples or knows how many there are shows."""
-_OF_SHAPES = {"size", "dim", "ndimension", "numel"}
-_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
 class Traced:
@@ -50,14 +51,15 @@ class Traced:
         with evaluating(net), torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
                 self.expected = net(self.probe.clone())
-                module = _traced(net, probes)
+                module = traced(net, probes)
                 seen = [_record(module, probe) for probe in probes]
+            except InputError:
+                raise
             except Exception as error:
                 # fx and the network's own forward raise whatever they like; the user needs the one line.
-                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise InputError(
-                    f"the network cannot be traced on images of shape {shape}: {line}; bounds need a forward pass "
-                    "without branches on data, and images of the shape the network was built for"
+                    f"the network cannot be traced on images of shape {shape}{_where(error)}: {_reason(error)}; bounds "
+                    "need a forward pass without branches on data, and images of the shape the network was built for"
                 ) from None
             finally:
                 # fx leaves tensors that are neither parameters nor buffers as new attributes on the user's network.
@@ -77,7 +79,7 @@ class Traced:
         for node in self.calls:
             if node.op == "placeholder":
                 self.live.add(node)
-            elif _is_of_shapes(node, sized):
+            elif is_of_shapes(node, sized):
                 sized.add(node)
                 if self._shapes[node] == self._other_shapes[node]:
                     self.numbers[node] = self._shapes[node]
@@ -177,89 +179,19 @@ class Traced:
         )
 
 
-class _Undecided(Exception):
-    """A branch on shapes was met whose way is not known yet."""
-
-    def __init__(self, condition: fx.Node) -> None:
-        super().__init__("a branch on shapes")
-        self.condition = condition
-
-
-class _Tracer(fx.Tracer):
-    """Traces through branches that depend on shapes alone, where their ways are known.
-
-    Args:
-        ways: of the branches, in the order of their being met.
-    """
-
-    proxy_buffer_attributes = True  # or buffers would be frozen at today's values
-
-    def __init__(self, ways: list[bool]) -> None:
-        super().__init__()
-        self.ways = iter(ways)
-
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Images alone, where the forward pass can be called so: its other arguments then have their defaults."""
-        function = root_fn
-        if is_module and concrete_args is None and _takes_images_alone(root_fn):
-
-            def function(self: nn.Module, x: Tensor) -> Any:
-                return root_fn(self, x)
-
-        return super().create_args_for_root(function, is_module, concrete_args)
-
-    def to_bool(self, obj: fx.Proxy) -> bool:
-        """A known way; branches on data are the base class's, which refuses them."""
-        sized: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            if _is_of_shapes(node, sized):
-                sized.add(node)
-        if obj.node not in sized:
-            return super().to_bool(obj)
-        for way in self.ways:
-            return way
-        raise _Undecided(obj.node)
+def _reason(error: Exception) -> str:
+    """The first line of an error, or what it comes to."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "does not support item assignment" in line:
+        return "assignment to a part of a tensor cannot be traced, torch.cat of its parts can"
+    return line
 
 
-def _takes_images_alone(forward: Callable[..., Any]) -> bool:
-    """Whether all arguments behind self and the images may be left out, and there are such."""
-    more = list(inspect.signature(forward).parameters.values())[2:]
-    varying = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return bool(more) and all(one.kind in varying or one.default is not one.empty for one in more)
-
-
-def _traced(net: nn.Module, probes: list[Tensor]) -> fx.GraphModule:
-    """The calls of a forward pass. Where it branches on shapes, it is traced again with the way that the probes take:
-    while fx traces, no module can be run."""
-    ways: list[bool] = []
-    while True:
-        tracer = _Tracer(ways)
-        try:
-            module = fx.GraphModule(net, tracer.trace(net))
-        except _Undecided as branch:
-            ways.append(_way(net, tracer.graph, branch.condition, probes))
-        else:
-            return _pruned(module)
-
-
-def _way(net: nn.Module, graph: fx.Graph, condition: fx.Node, probes: list[Tensor]) -> bool:
-    """What a condition is for the probes, which must agree."""
-    before, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    before.graph_copy(graph, copies)
-    before.output(copies[condition])
-    until = _pruned(fx.GraphModule(net, before))
-    first, *others = (bool(until(probe.clone())) for probe in probes)
-    if any(other != first for other in others):
-        raise InputError("the forward pass branches on the number of images")
-    return first
-
-
-def _pruned(module: fx.GraphModule) -> fx.GraphModule:
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+def _where(error: Exception) -> str:
+    """The last line of the user's own code that led to an error."""
+    strangers = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(strangers)]
+    return f", at line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
 
 
 class Returned:
@@ -286,15 +218,3 @@ class _Recorder(fx.Interpreter):
         result = super().run_node(n)
         self.seen[n] = Returned(result) if isinstance(result, Tensor) else result
         return result
-
-
-def _is_of_shapes(node: fx.Node, sized: set[fx.Node]) -> bool:
-    """Whether a call returns what follows from shapes alone."""
-    if node.op == "call_method":
-        return node.target in _OF_SHAPES
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in _SHAPE_ATTRIBUTES
-    plain = getattr(node.target, "__module__", None) in ("_operator", "math", "builtins")
-    return plain and bool(node.all_input_nodes) and all(source in sized for source in node.all_input_nodes)

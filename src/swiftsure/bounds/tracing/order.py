@@ -62,13 +62,19 @@ def split(call: Call) -> int:
 
 
 def getitem(call: Call) -> int:
-    """A slice of a tensor, or one of the tensors of a split."""
+    """A slice of a tensor; one or some of the tensors of a split."""
     whole, place = call.node.args[0], call.node.args[1]
     assert isinstance(whole, fx.Node)
     if whole in call.done.parts:
+        parts, read = call.done.parts[whole], call.traced.constant(call.node, place)
         call.accept_arguments()
-        parts = call.done.parts[whole]
-        return call.map(lambda z: parts(z)[place])
+        if not call.traced.is_tensor(call.node):
+            call.done.parts[call.node] = lambda z: parts(z)[read()]
+            return call.source
+        return call.map(lambda z: parts(z)[read()])
+    first = place[0] if isinstance(place, tuple) else place
+    if first is not Ellipsis and first != slice(None):
+        raise call.mixing()
     return call.map(call.function())
 
 

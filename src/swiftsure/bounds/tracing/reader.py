@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from swiftsure.bounds import operations as ops
 from swiftsure.bounds.graph import Graph, Node
@@ -30,6 +33,7 @@ def trace(net: nn.Module, example: Tensor) -> Graph:
         InputError: an operation without a rule (named, with what can be done), a network that fx cannot trace, or
             one whose traced operations do not compute what it computes.
     """
+    net = _bare(net)
     key = (tuple(example.shape[1:]), example.dtype, example.device, _fingerprint(net))
     known = _TRACES.get(net)
     if known is not None and known[0] == key:
@@ -39,31 +43,70 @@ def trace(net: nn.Module, example: Tensor) -> Graph:
     return graph
 
 
+def _bare(net: nn.Module) -> nn.Module:
+    """The network inside what torch.compile and data parallelism put around it."""
+    if isinstance(net, torch.jit.ScriptModule):
+        raise InputError("the network is TorchScript; bounds need the nn.Module that it was made from")
+    around = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    inner = net.module if isinstance(net, around) else getattr(net, "_orig_mod", net)
+    return net if inner is net else _bare(inner)
+
+
+_OWN = frozenset(vars(nn.Module()))
+"""Attributes of every module."""
+
+
 def _fingerprint(net: nn.Module) -> tuple[Any, ...]:
     """What a trace depends on beside the values of parameters and buffers, which it follows.
 
-    Modules put in another's place, hooks, and plain attributes that a forward pass may read (numbers, tensors).
+    Modules put in another's place, hooks, types and shapes of parameters, and attributes that a forward pass may read:
+    numbers, tensors, functions, containers and plain objects of these.
     """
     return tuple(
         (
             name,
             id(module),
+            type(module),
             len(module._forward_hooks) + len(module._forward_pre_hooks),
-            tuple(
-                (attribute, _mark(value))
+            [_kind(parameter) for parameter in module._parameters.values()],
+            [
+                (attribute, value if type(value) in _PLAIN else _mark(value, _DEPTH))
                 for attribute, value in vars(module).items()
-                if attribute != "training" and isinstance(value, int | float | str | tuple | list | Tensor)
-            ),
+                if attribute not in _OWN
+            ],
         )
         for name, module in net.named_modules()
     )
 
 
-def _mark(value: Any) -> Any:
-    """Equal for what is surely the same, and never a look at a tensor's values."""
-    if isinstance(value, tuple | list):
-        return tuple(_mark(part) for part in value)
-    return value if value is None or isinstance(value, int | float | str) else id(value)
+def _kind(parameter: nn.Parameter | None) -> Any:
+    if parameter is None or is_lazy(parameter):
+        return None
+    return parameter.shape, parameter.dtype, parameter.device
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
+def _mark(value: Any, depth: int) -> Any:
+    """Equal for what is surely the same, and never a look at a tensor's values.
+
+    Args:
+        depth: so many containers and objects inside one another are looked into, if they are not vast.
+    """
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor | nn.Module | type | FunctionType) or not depth:
+        return id(value)
+    if isinstance(value, tuple | list | set | frozenset | dict):
+        if len(value) > _VAST:
+            return id(value), len(value)
+        parts = value.items() if isinstance(value, dict) else value
+        return [_mark(part, depth - 1) for part in parts]
+    return id(value), _mark(getattr(value, "__dict__", None), depth)
+
+
+_DEPTH, _VAST = 5, 1000
 
 
 def _read(traced: Traced) -> Graph:
@@ -71,10 +114,6 @@ def _read(traced: Traced) -> Graph:
     done = Translation()
     for node in traced.calls:
         if node.op == "placeholder":
-            if done.nodes:
-                raise InputError(
-                    "the network takes several inputs; bounds are for networks of one image batch"
-                )
             done.nodes.append(Node(ops.Input(), (), traced.shape(node)))
             done.index[node] = 0
         elif node.op == "output":
@@ -96,6 +135,11 @@ def _translate(call: Call) -> None:
     node = call.node
     if node.op == "call_module":
         rule = MODULES.get(type(call.module))
+        if is_parametrized(call.module):
+            raise call.refusal(
+                "its weight is computed anew at each pass; torch.nn.utils.parametrize.remove_parametrizations keeps "
+                "the one that it has"
+            )
         if call.module._forward_pre_hooks:
             raise call.refusal("a hook changes it before each pass, as old weight norms do")
     elif node.op == "call_function":
@@ -109,7 +153,7 @@ def _translate(call: Call) -> None:
 
 
 def _require_faithful(graph: Graph, traced: Traced) -> None:
-    """Forward hooks and in-place operations on shared values leave no mark in a trace: compare with the network."""
+    """Randomness, and what rules may get wrong, leave no mark in a trace: compare with the network."""
     for output in graph.outputs:
         if len(graph.nodes[output].shape) != 1:
             shape = ("batch", *graph.nodes[output].shape)
@@ -124,6 +168,6 @@ def _require_faithful(graph: Graph, traced: Traced) -> None:
         scale = float(theirs.nan_to_num(0.0, 0.0, 0.0).abs().max())
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
             raise InputError(
-                "the traced operations do not compute what the network computes; remove forward hooks, in-place "
-                "operations on values that are used again, and randomness in evaluation mode"
+                "the traced operations do not compute what the network computes; remove randomness in evaluation mode, "
+                "and whatever else makes a second pass give another answer"
             )

@@ -74,6 +74,10 @@ def _constant(call: Call, read: Callable[[], Any]) -> Callable[[], Tensor]:
         # In double precision; as a scalar it takes on the type of what it meets.
         number = torch.tensor(now, dtype=torch.float64)
         return lambda: number
+    if now.dtype == torch.bool:
+        # A mask; as numbers it has a magnitude and a negative.
+        mask, dtype = read, call.traced.probe.dtype
+        return _constant(call, lambda: mask().to(dtype))
     if now.dim() <= dims:
         return read
     # Written for batches, such as (1, C, 1, 1).
