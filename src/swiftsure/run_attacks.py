@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,13 @@ class Attacked:
     worst: Answer
 
 
-def attack(subject: Subject, suite: str, transfer: Sequence[str | Path] = (), guards: int = 0) -> Attacked:
+def attack(
+    subject: Subject,
+    suite: str,
+    transfer: Sequence[str | Path] = (),
+    guards: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Attacked:
     """Run a suite, its guards and, with several exits, the attacks on the cost.
 
     All is computed in the arithmetic of the certificates: an attack on another one would break what was never promised.
@@ -49,6 +56,7 @@ def attack(subject: Subject, suite: str, transfer: Sequence[str | Path] = (), gu
         suite: one of `swiftsure.attacks.SUITE_NAMES`.
         transfer: run directories of other networks for the same images; what breaks them is tried on this one.
         guards: samples that the guards ask about; 0 for no guards.
+        clock: what seconds are read from.
 
     Raises:
         InputError: several exits and no thresholds, or another network that cannot be used.
@@ -63,20 +71,21 @@ def attack(subject: Subject, suite: str, transfer: Sequence[str | Path] = (), gu
         with _steps("attack", subject.n * len(attacks)) as step:
             found = run_suite(
                 net, x, y, subject.ball, suite,
-                seed=seed, judge=judge, answer=deployed.adaptive, attacks=attacks, progress=step,
+                seed=seed, judge=judge, answer=deployed.adaptive, attacks=attacks, progress=step, clock=clock,
             )  # fmt: skip
         if guards:
             with progress("guards", len(CHECKS)) as advance:
                 said = guard(
                     net, x, y, subject.ball, found,
-                    policy=policy, sources=sources, samples=guards, seed=seed, progress=lambda _: advance(1),
+                    policy=policy, sources=sources, samples=guards, seed=seed,
+                    progress=lambda _: advance(1), clock=clock,
                 )  # fmt: skip
         else:
             said = not_evaluated("no guards were asked for")
         slowed = None
         if isinstance(net, MultiExit) and policy is not None:
             with _steps("slow down", subject.n * len(SLOWDOWNS)) as step:
-                slowed = run_slowdown(net, x, y, subject.ball, seed=seed, progress=step)
+                slowed = run_slowdown(net, x, y, subject.ball, seed=seed, progress=step, clock=clock)
     return Attacked(found, said, slowed, subject.answers(found.worst))
 
 

@@ -80,7 +80,7 @@ class SuiteResult:
             rounded to multiples of 1/255. Such an image lies in the ball, so `broken` holds these as well.
         worst: (n, C, H, W), the most harmful image found per sample: a broken one before any other, then the
             largest margin of a wrong class at the exit that answers; x itself where nothing was worse.
-        seconds: per attack name, wall-clock time on all samples, checks included.
+        seconds: per attack name, on all samples, checks included.
         gradients: per attack name, what its gradients were worth.
         macs: per attack name, the mean multiply-adds of its images; empty where `run_suite` knew no costs.
         skipped: per attack name, why it could not be run on this network; such an attack has no other entry.
@@ -140,6 +140,7 @@ def run_suite(
     answer: Callable[[Tensor], Answer] | None = None,
     attacks: Mapping[str, Attack] | None = None,
     progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> SuiteResult:
     """Attack all samples with every attack of a suite.
 
@@ -161,6 +162,7 @@ def run_suite(
             its costs are noted. None: the judge decides on the logits of all exits.
         attacks: by name, in place of those of `SUITES`; `suite` is then what the result is called.
         progress: called after each batch with (attack name, samples done, n).
+        clock: what seconds are read from.
 
     Raises:
         InputError: unknown suite, no samples, a batch below 1, or images or labels that do not fit.
@@ -191,7 +193,7 @@ def run_suite(
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
     worst = _Worst(result.worst, wrong.clone(), torch.cat([part.margin for part in before]))
     for name, attack in attacks.items():
-        began = time.perf_counter()
+        began = clock()
         report, broken, broken_8bit, macs = GradientReport(), wrong.clone(), wrong.clone(), clean_macs.clone()
         for start in starts:
             index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
@@ -223,7 +225,7 @@ def run_suite(
         result.broken[name], result.broken_8bit[name], result.gradients[name] = broken, broken_8bit, report
         if len(macs):
             result.macs[name] = macs.double().mean().item()
-        result.seconds[name] = time.perf_counter() - began
+        result.seconds[name] = clock() - began
     return result
 
 
