@@ -1,0 +1,115 @@
+"""Slowdown on networks with several exits: shares at each exit and mean multiply-adds before and after, as markdown.
+
+    python benchmarks/slowdown.py RUN ... [--images 1000] [--held-out 1000]
+
+For each run two sets of thresholds: its own, fitted on clean held-out images, and thresholds set with the worst case in
+mind: the most accurate on held-out images that DeepSloth has slowed down, such that these cost on average no more than
+clean ones do under the run's own. Attacked are the first test images; each counts with the dearest image that any
+slowdown attack found. Accuracy under attack is the union of the quick suite, which knows the thresholds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from swiftsure import data
+from swiftsure.attacks import attacks_for, run_slowdown, run_suite, slowdown_attacks
+from swiftsure.ball import Ball
+from swiftsure.certificates import certifying
+from swiftsure.errors import InputError
+from swiftsure.exits import Answer, MultiExit, Policy, calibrate
+from swiftsure.subject import Subject, open_subject
+
+COLUMNS = (
+    "run",
+    "thresholds",
+    "clean",
+    "attacked",
+    "clean leave at",
+    "slowed leave at",
+    "clean cost",
+    "slowed cost",
+)
+BATCH = 500
+
+
+def worst_case_policy(subject: Subject, net: MultiExit, policy: Policy, held_out: int) -> Policy:
+    """Thresholds by which slowed held-out images cost what clean ones cost by the policy."""
+    images = data.load(subject.recipe.data.name, None, subject.recipe.seed).calibration
+    images = images.select(slice(0, held_out))
+    x, y = images.batch(slice(None))
+    sloth = slowdown_attacks(policy)["deepsloth"]
+    slow = torch.cat([sloth(net, part, labels, subject.ball) for part, labels in _batches(x, y)])
+    budget = torch.cat([net.adaptive(part, policy).macs for part, _ in _batches(x, y)]).double().mean().item()
+    return calibrate(net, (slow, y), rule=policy.rule, macs=budget)
+
+
+def row(name: str, what: str, net: MultiExit, policy: Policy, x: Tensor, y: Tensor, ball: Ball) -> str:
+    """A line of the markdown table."""
+    attacks = attacks_for("quick", net.exits, x.shape[1], policy)
+    found = run_suite(
+        net, x, y, ball, "quick",
+        judge=policy.misclassified, answer=lambda images: net.adaptive(images, policy), attacks=attacks,
+    )  # fmt: skip
+    slowed = run_slowdown(net, x, y, ball, policy)
+    clean, dearest = slowed.clean, slowed.dearest
+    right = (clean.label == y).double().mean().item()
+    cells = (
+        name,
+        f"{what} ({', '.join(f'{value:.3g}' for value in policy.thresholds)})",
+        f"{100 * right:.2f}",
+        f"{100 * found.accuracy['union']:.2f}",
+        _shares(clean, net.exits),
+        _shares(dearest, net.exits),
+        f"{clean.macs.double().mean():,.0f}",
+        f"{dearest.macs.double().mean():,.0f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def _shares(answer: Answer, exits: int) -> str:
+    shares = answer.exit.bincount(minlength=exits).double() / len(answer.exit)
+    return " / ".join(f"{100 * share:.0f}" for share in shares.tolist())
+
+
+def _batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Slowdown: shares at each exit and mean multiply-adds.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories with several exits")
+    parser.add_argument("--images", type=int, default=1000, help="the first so many test images")
+    parser.add_argument("--held-out", type=int, default=1000, help="calibration images to fit thresholds on")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    try:
+        for folder in options.runs:
+            subject = open_subject(folder, limit=options.images, device="cpu")
+            net = subject.net
+            if not isinstance(net, MultiExit) or net.policy is None:
+                raise InputError(f"{folder} has one exit, or no thresholds")
+            own, (x, y) = net.policy, subject.images.batch(slice(None))
+            with certifying(net):
+                policies = {
+                    "its own": own,
+                    "worst case": worst_case_policy(subject, net, own, options.held_out),
+                }
+                for what, policy in policies.items():
+                    print(row(folder.name, what, net, policy, x, y, subject.ball), flush=True)
+            whole = net.macs(subject.images.shape)[-1]
+            print(f"| {folder.name} | all exits run | | | | | {whole:,} | {whole:,} |", flush=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
