@@ -27,7 +27,7 @@ def eight_bits(x_adv: Tensor, x: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
     Returns:
         The rounded images, and (B,) bool: which of them lie in the ball and in the pixel range.
     """
-    value, clean = x_adv.double() * 255, x.double() * 255
+    value, clean = x_adv * 255, x * 255
     low, high = math.ceil(ball.low * 255 - _ON_GRID), math.floor(ball.high * 255 + _ON_GRID)
     if ball.norm == "inf":
         radius = ball.radius * 255
