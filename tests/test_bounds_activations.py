@@ -194,6 +194,8 @@ def test_tight_lines_leave_little_area(name: str) -> None:
     for loss in (below_hull, above_hull):
         if isinstance(known.operation, ops.PiecewiseLinear):
             assert loss.max() < 1e-5
+        elif isinstance(known.operation, ops.SShaped):
+            assert loss.max() < 1e-4
         else:
             # A few tangents come close: over wide intervals up to half of the hull's height is lost, hardly ever more.
             assert loss.mean() < 0.04 and loss.max() < 0.6

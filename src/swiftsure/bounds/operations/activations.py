@@ -273,6 +273,38 @@ class Smooth(_Lines):
         return torch.cat([self._chord(lower, upper)[None], self.derivative(points)])
 
 
+@dataclass(frozen=True)
+class SShaped(Smooth):
+    """A smooth function that is convex below 0, concave above, and symmetric about the point (0, f(0))."""
+
+    def tight(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The best lines of all, found as sides of the convex hull of f.
+
+        From the left end, f's upper hull is the line that touches f at some d >= 0, up to d, and f itself from there
+        on; where f is convex or d lies beyond the right end, it is the chord. The line above at mid-interval is that
+        line or the tangent there. Below it is the same for the mirrored interval, as f' is even.
+        """
+        return self._above(-upper, -lower), self._above(lower, upper)
+
+    def _above(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Slope of the side of the upper hull at mid-interval."""
+        with torch.no_grad():
+            # A line from the left end to a point before d is flatter than f there.
+            near, far = lower.clamp_min(0.0).minimum(upper), upper
+            for _ in range(_HALVINGS):
+                point = (near + far) / 2
+                before = self.derivative(point) * (point - lower) > self.function(point) - self.function(
+                    lower
+                )
+                near, far = torch.where(before, point, near), torch.where(before, far, point)
+            touch = (near + far) / 2
+            beyond = far == upper
+        # The slope of a touching line does not change with the point at which it touches.
+        side = self._chord(lower, torch.where(beyond, upper, touch))
+        middle = (lower + upper) / 2
+        return torch.where(middle > touch, self.derivative(middle), side)
+
+
 _HALVINGS = 20
 _SLIVER = 1e-6
 _NEAR = 1e-6
@@ -298,12 +330,12 @@ def hardsigmoid() -> PiecewiseLinear:
 
 def sigmoid() -> Smooth:
     """1 / (1 + e^-z): its slope rises up to 0 and falls after; |f''| <= sqrt(3) / 18 < 0.0963."""
-    return Smooth(torch.sigmoid, _sigmoid_slope, (0.0,), (True, False), 0.0963, monotone=True)
+    return SShaped(torch.sigmoid, _sigmoid_slope, (0.0,), (True, False), 0.0963, monotone=True)
 
 
 def tanh() -> Smooth:
     """tanh z = 2 sigmoid(2 z) - 1; |f''| <= 4 / (3 sqrt(3)) < 0.77."""
-    return Smooth(
+    return SShaped(
         torch.tanh, lambda z: 1 - torch.tanh(z).square(), (0.0,), (True, False), 0.77, monotone=True
     )
 
