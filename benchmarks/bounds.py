@@ -1,7 +1,8 @@
 """Bounds a second: each technique, forward alone and with backward, beside a plain pass and beside auto_LiRPA.
 
     python benchmarks/bounds.py [--networks mnist_small ...] [--runs results/mnist_small_mixtrain_0.1 ...]
-        [--batches 1 128] [--techniques interval ...] [--rounds 9] [--threads 2] [--limit 60] [--peer FOLDER]
+        [--batches 1 128] [--techniques interval ...] [--forward] [--rounds 9] [--threads 2] [--limit 60]
+        [--peer FOLDER]
 
 Timed are lower bounds of the class margins of one batch, and "with backward" also the gradient of their worst-case
 cross-entropy; plain is the network's own pass, and the gradient of its cross-entropy. All calls run in turn, round
@@ -224,6 +225,7 @@ def read_options() -> argparse.Namespace:
         "--eps", help="for all networks; default 0.1 (grey), 2/255 (colours), or the run's own"
     )
     parser.add_argument("--data", default="digits", help="images, enlarged to the networks' size")
+    parser.add_argument("--forward", action="store_true", help="leave out what is timed with backward")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for one cell, all its rounds")
@@ -270,6 +272,8 @@ def main() -> int:
         for batch in sorted({*options.batches, *(size for size in TRIALS if size < max(options.batches))}):
             x, y = subject.batch(batch)
             found = list(cells(subject, x, y, options.techniques, package))
+            if options.forward:
+                found = [cell for cell in found if cell.way == FORWARD]
             if batch not in options.batches:
                 measure(found, batch, 0, options.limit, known)
                 continue

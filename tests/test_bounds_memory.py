@@ -12,6 +12,7 @@ import torch
 
 from swiftsure import bounds, models
 from swiftsure.ball import Ball
+from swiftsure.bounds._substitution import Substitution
 
 LIMIT = 4 * 10**9
 
@@ -93,3 +94,33 @@ def test_bounds_do_not_depend_on_memory(method: str, norm: str) -> None:
     for part in found[:2]:
         for end, wanted in zip(part, found[2], strict=True):
             torch.testing.assert_close(end, wanted, rtol=room, atol=room)
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "symbolic"])
+def test_gradients_do_not_depend_on_memory(method: str) -> None:
+    torch.manual_seed(0)
+    net = models.build("digits_small", width=2, hidden=8).double().eval()
+    x, y = torch.rand(5, 1, 8, 8, dtype=torch.float64), torch.arange(5)
+    found = []
+    for limit in (1, 250_000, 4 * 10**9):
+        with bounds.memory.limited(limit):
+            bounds.margins(net, x, y, Ball(0.05), method).sum().backward()
+        found.append([weight.grad.clone() for weight in net.parameters()])
+        net.zero_grad()
+    for few in found[:2]:
+        torch.testing.assert_close(few, found[2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_part_of_a_batch_is_bounded_like_a_batch() -> None:
+    """With as many rows for each image, so that its fields are read in place; copied for each row they cost a third."""
+    torch.manual_seed(0)
+    net = models.build("digits_small", width=2, hidden=8).eval()
+    x = torch.rand(5, 1, 8, 8)
+    graph = bounds.trace(net, x)
+    network = Substitution(graph, bounds.Region(x, Ball(0.05)), "tight", refine=False)
+    functions = torch.eye(10).expand(5, -1, -1)
+    with bounds.memory.limited(2 * bounds.memory.COPIES * 4 * 2 * 10 * network._width(graph.outputs[0])):
+        parts = list(network.parts(graph.outputs[0], functions))
+    assert [len(part.region.x) for part, _ in parts] == [2, 2, 1]
+    assert [len(rows.values) for _, rows in parts] == [20, 20, 10]
+    assert all(rows.each == 10 for _, rows in parts)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swiftsure.bounds import memory
 from swiftsure.bounds._substitution import Substitution
 from swiftsure.bounds.graph import Graph
 from swiftsure.bounds.region import Region
@@ -51,23 +50,16 @@ def linear_map(graph: Graph, region: Region, spec: Tensor, output: int = -1) -> 
         spec: (batch, functions, classes), rows of functions of the logits.
         output: which exit, counted from 0; -1 is the last.
     """
-    recording = _Recording(region.x, region.ball)
-    network = Substitution(graph, recording, "parallel", refine=True)
+    network = Substitution(graph, _Recording(region.x, region.ball), "parallel", refine=True)
     target = graph.outputs[output]
-    batch, count, classes = spec.shape
-    widest = max(int(torch.Size(graph.nodes[i].shape).numel()) for i in graph.ancestors(target))
-    most = max(1, memory.rows_at_once(widest, spec) // max(1, count))
+    batch, count = spec.shape[:2]
     coefficients, falls, reaches = [], [], []
-    for samples in torch.arange(batch, device=spec.device).split(most):
-        rows = Rows(
-            spec[samples].reshape(-1, classes),
-            None if batch == 1 else samples.repeat_interleave(count),
-            (classes,),
-            each=count if len(samples) == batch else 0,
-        )
-        falls.append(network.reach(target, rows)[0])
-        reaches.append(region.reach(recording.rows)[0])
-        coefficients.append(recording.rows.dense().spread().values)
+    for part, rows in network.parts(target, spec):
+        falls.append(part.reach(target, rows)[0])
+        assert isinstance(part.region, _Recording)
+        on_image = part.region.rows
+        reaches.append(part.region.reach(on_image)[0])
+        coefficients.append(on_image.dense().spread().values)
     value = (spec @ network.centers[target][..., None])[..., 0]
     fall, reach = (torch.cat(parts).view(batch, count) for parts in (falls, reaches))
     shape = (batch, count, *region.x.shape[1:])

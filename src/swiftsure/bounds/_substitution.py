@@ -8,7 +8,7 @@ technique's own as well). Centres go forward once, like a plain pass; only funct
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -180,19 +180,31 @@ class Substitution:
     def output(self, output: int, functions: Tensor, *, upper: bool = True) -> tuple[Tensor, Tensor]:
         """Bounds of linear functions (batch, functions, classes) of an output: (batch, functions) each."""
         center = (functions @ self.centers[output][..., None])[..., 0]
-        batch, count, classes = functions.shape
-        most = max(1, memory.rows_at_once(self._width(output), center) // max(1, count))
-        parts = []
-        for samples in torch.arange(batch, device=center.device).split(most):
-            rows = Rows(
-                functions[samples].reshape(-1, classes),
-                None if batch == 1 else samples.repeat_interleave(count),
-                (classes,),
-                each=count if len(samples) == batch else 0,
-            )
-            parts.append(self.reach(output, rows, upper=upper))
-        below, above = (torch.cat(side).view(batch, count) for side in zip(*parts, strict=True))
+        sides = [part.reach(output, rows, upper=upper) for part, rows in self.parts(output, functions)]
+        below, above = (torch.cat(side).view(center.shape) for side in zip(*sides, strict=True))
         return center - below, center + above
+
+    def parts(self, target: int, functions: Tensor) -> Iterator[tuple[Substitution, Rows]]:
+        """Linear functions (batch, functions, values) of a flat node as rows, so many samples at once as fit.
+
+        Each with the network of these samples alone: then all have equally many rows, and no field need be copied for
+        each row.
+        """
+        batch, count, size = functions.shape
+        most = max(1, memory.rows_at_once(self._width(target), functions) // count)
+        for start in range(0, max(1, batch), most):
+            some = functions[start : start + most]
+            sample = torch.arange(len(some), device=some.device).repeat_interleave(count)
+            rows = Rows(some.reshape(-1, size), None if len(some) == 1 else sample, (size,), each=count)
+            yield self if len(some) == batch else self._stretch(start, start + len(some)), rows
+
+    def _stretch(self, start: int, stop: int) -> Substitution:
+        """The same for samples that follow one another, to take rows back through: centres stay those of all."""
+        some = copy.copy(self)
+        some.region = self.region.stretch(start, stop)
+        some.pools = {i: best[start:stop] for i, best in self.pools.items()}
+        some.relaxations = {i: known.stretch(start, stop) for i, known in self.relaxations.items()}
+        return some
 
     def reach(
         self, target: int, rows: Rows, skip: frozenset[int] = frozenset(), *, upper: bool = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,14 @@ class Region:
         """Centre of the clipped box, like x."""
         self.box_radius = (self.upper - self.lower) / 2
         """Half-widths of the clipped box, like x."""
+
+    def stretch(self, start: int, stop: int) -> Region:
+        """The same around some of the images, which follow one another."""
+        some = copy.copy(self)
+        some.x, some.lower, some.upper, some.box_center, some.box_radius = (
+            field[start:stop] for field in (self.x, self.lower, self.upper, self.box_center, self.box_radius)
+        )
+        return some
 
     @property
     def center(self) -> Tensor:

@@ -69,6 +69,23 @@ class Relaxation:
         )
         return some, kept
 
+    def stretch(self, start: int, stop: int) -> Relaxation:
+        """The same for samples that follow one another; all tensors but `unit` are views."""
+        size = self.slope[0].numel()
+        ends = torch.tensor([start * size, stop * size], device=self.unit.device)
+        first, last = torch.searchsorted(self.unit, ends).tolist()
+
+        return Relaxation(
+            self.slope[start:stop],
+            None if self.lift is None else self.lift[start:stop],
+            self.unit[first:last] - start * size,
+            self.low_slope[..., first:last],
+            self.low_gap[..., first:last],
+            self.up_slope[..., first:last],
+            None if self.up_gap is None else self.up_gap[..., first:last],
+            self.parallel,
+        )
+
     def center(self, center: Tensor) -> Tensor:
         """The reference line at the inputs' centres: (batch, *shape)."""
         return self.slope * center if self.lift is None else torch.addcmul(self.lift, self.slope, center)
