@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from swiftsure import bounds, models
 from swiftsure.ball import Ball
@@ -189,6 +190,29 @@ def test_a_forward_hook_is_obeyed_or_refused() -> None:
     except InputError:
         return
     assert_true_to(net, images())
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["one module", "all modules"])
+def test_bounds_follow_a_hook_that_is_replaced(everywhere: bool) -> None:
+    """There are as many as before."""
+    net, x = small(), images()
+    for factor in (2.0, -1.0):
+
+        def scaled(module: nn.Module, inputs: object, output: Tensor, factor: float = factor) -> Tensor:
+            return output * factor if module is net[6] else output
+
+        register = register_module_forward_hook if everywhere else net[6].register_forward_hook
+        handle = register(scaled)
+        try:
+            if everywhere:
+                with pytest.raises(InputError, match="do not compute"):
+                    bounds.output_bounds(net, x, POINT)
+            else:
+                assert_true_to(net, x)
+        finally:
+            handle.remove()
+        if everywhere:
+            assert_true_to(net, x)
 
 
 def test_a_module_that_a_hook_changes_before_each_pass_is_refused() -> None:

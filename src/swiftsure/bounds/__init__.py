@@ -5,6 +5,8 @@ Every technique has one signature, ``technique(graph, region, spec, upper=True) 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -91,7 +93,7 @@ def margins(
 
     The true class is subtracted before the last layer is bounded, so a margin is never looser than the difference of
     two bounded logits. Differentiable in the parameters. The network is read in evaluation semantics (population
-    statistics, no dropout) whatever its mode; mode and parameters stay as they are.
+    statistics, no dropout) and without autocast, whatever its mode; mode and parameters stay as they are.
 
     Args:
         net: returns logits (batch, classes), or a tuple of K of them.
@@ -105,14 +107,15 @@ def margins(
         positive.
 
     Raises:
-        InputError: bad images or labels, an unknown method, or an operation without a rule.
+        InputError: bad images or labels, types coarser than float32, an unknown method, or an operation without a
+            rule.
     """
     bound = technique(method)
     check_batch(x, y, shape=_input_shape(net))
-    graph = trace(net, x)
-    classes = class_count(graph)
-    check_batch(x, y, classes=classes)
-    lower = lower_margins(bound, graph, Region(x, ball), y)
+    with _full_precision(x):
+        graph = trace(net, x)
+        check_batch(x, y, classes=class_count(graph))
+        lower = lower_margins(bound, graph, Region(x, ball), y)
     return lower[0] if graph.single else tuple(lower)
 
 
@@ -125,8 +128,9 @@ def output_bounds(
     """
     bound = technique(method)
     check_batch(x, shape=_input_shape(net))
-    graph = trace(net, x)
-    pairs = tuple(bound(graph, Region(x, ball), None))
+    with _full_precision(x):
+        graph = trace(net, x)
+        pairs = tuple(bound(graph, Region(x, ball), None))
     return pairs[0] if graph.single else pairs
 
 
@@ -175,6 +179,22 @@ def class_count(graph: Graph) -> int:
             f"the exits have different numbers of classes {counts}; margins need the same for all"
         )
     return counts[0]
+
+
+@contextlib.contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """No autocast: in coarser types a bound's rounding may be as large as the bound.
+
+    Raises:
+        InputError: the images are of such a type themselves.
+    """
+    if x.dtype not in (torch.float32, torch.float64):
+        name = str(x.dtype).removeprefix("torch.")
+        raise InputError(
+            f"images are {name}; allowed for bounds: float32 and float64, for images and network"
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def _input_shape(net: nn.Module) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from swiftsure.bounds import operations as ops
 from swiftsure.bounds.graph import Node
-from swiftsure.bounds.tracing.forward import Traced
+from swiftsure.bounds.tracing.forward import Traced, differentiable
 from swiftsure.errors import InputError
 
 Rule = Callable[["Call"], int]
@@ -69,7 +69,7 @@ class Call:
         """A reader of a parameter, or of None."""
         if self.module is not None:
             module: nn.Module = self.module
-            return lambda: getattr(module, name)
+            return lambda: differentiable(getattr(module, name))
         return self.traced.constant(self.node, self._raw(name, position, None))
 
     def _raw(self, name: str, position: int | None, default: Any) -> Any:

@@ -155,7 +155,7 @@ class Traced:
         path, _, name = target.rpartition(".")
         # The cache of traces must not keep the network alive.
         owner = weakref.ref(self.net.get_submodule(path))
-        return lambda: getattr(owner(), name)
+        return lambda: differentiable(getattr(owner(), name))
 
     def where(self, node: fx.Node) -> str:
         """Names the module and the operation, as a user knows them."""
@@ -177,6 +177,15 @@ class Traced:
             f"no bound rule for {self.where(node)}{details}{f' ({reason})' if reason else ''}; replace it by supported "
             f"operations ({SUPPORTED}), or bound the network up to it"
         )
+
+
+def differentiable(value: Any) -> Any:
+    """A weight as it is, or a copy if it was made in inference mode: rows go back by way of gradients."""
+    # torch.compile does not know that question.
+    if torch.compiler.is_compiling() or not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def _reason(error: Exception) -> str:

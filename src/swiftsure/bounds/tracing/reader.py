@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as _modules
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -34,7 +35,8 @@ def trace(net: nn.Module, example: Tensor) -> Graph:
             one whose traced operations do not compute what it computes.
     """
     net = _bare(net)
-    key = (tuple(example.shape[1:]), example.dtype, example.device, _fingerprint(net))
+    everywhere = (*_modules._global_forward_hooks, *_modules._global_forward_pre_hooks)
+    key = (tuple(example.shape[1:]), example.dtype, example.device, everywhere, _fingerprint(net))
     known = _TRACES.get(net)
     if known is not None and known[0] == key:
         return known[1]
@@ -67,7 +69,7 @@ def _fingerprint(net: nn.Module) -> tuple[Any, ...]:
             name,
             id(module),
             type(module),
-            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            (*module._forward_hooks, *module._forward_pre_hooks),
             [_kind(parameter) for parameter in module._parameters.values()],
             [
                 (attribute, value if type(value) in _PLAIN else _mark(value, _DEPTH))
