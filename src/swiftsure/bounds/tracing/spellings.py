@@ -70,6 +70,7 @@ MODULES: dict[type[nn.Module], Rule] = {
     nn.InstanceNorm1d: _STATISTICS, nn.InstanceNorm2d: _STATISTICS, nn.InstanceNorm3d: _STATISTICS,
 }  # fmt: skip
 
+# a += b is traced as a + b; F.sigmoid, F.tanh and F.upsample as what they call.
 FUNCTIONS: dict[Any, Rule] = {
     # Layers
     F.linear: linear, torch.matmul: matmul, operator.matmul: matmul,
@@ -86,15 +87,15 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.index_select: arrange, torch.tile: arrange, torch.repeat_interleave: arrange,
     torch.chunk: split, torch.split: split, torch.unbind: split, operator.getitem: getitem,
     torch.cat: cat, torch.concat: cat, torch.stack: stack,
-    F.pad: pad, F.interpolate: upsample, F.upsample: upsample,
+    F.pad: pad, F.interpolate: upsample,
     F.pixel_shuffle: arrange, F.pixel_unshuffle: arrange, torch.channel_shuffle: arrange,
     F.fold: arrange, F.unfold: arrange,
     # Sums and products
-    operator.add: add, operator.iadd: add, torch.add: add,
-    operator.sub: subtract, operator.isub: subtract, torch.sub: subtract, torch.subtract: subtract,
+    operator.add: add, torch.add: add,
+    operator.sub: subtract, torch.sub: subtract, torch.subtract: subtract,
     torch.rsub: subtract_from, operator.neg: negative, torch.neg: negative,
-    operator.mul: multiply, operator.imul: multiply, torch.mul: multiply, torch.multiply: multiply,
-    operator.truediv: divide, operator.itruediv: divide, torch.div: divide, torch.divide: divide,
+    operator.mul: multiply, torch.mul: multiply, torch.multiply: multiply,
+    operator.truediv: divide, torch.div: divide, torch.divide: divide,
     torch.true_divide: divide,
     # Pooling
     torch.mean: arrange, torch.sum: arrange, torch.amax: largest,
@@ -110,8 +111,8 @@ FUNCTIONS: dict[Any, Rule] = {
     torch.clamp_max: clamp_one_side("max"), torch.maximum: clamp_one_side("maximum"),
     torch.minimum: clamp_one_side("minimum"),
     F.hardsigmoid: activation(ops.hardsigmoid), F.hardswish: activation(ops.hardswish),
-    F.sigmoid: activation(ops.sigmoid), torch.sigmoid: activation(ops.sigmoid), torch.sigmoid_: activation(ops.sigmoid),
-    F.tanh: activation(ops.tanh), torch.tanh: activation(ops.tanh), torch.tanh_: activation(ops.tanh),
+    torch.sigmoid: activation(ops.sigmoid), torch.sigmoid_: activation(ops.sigmoid),
+    torch.tanh: activation(ops.tanh), torch.tanh_: activation(ops.tanh),
     F.silu: activation(ops.silu), F.gelu: gelu, F.softplus: softplus,
     F.softmax: _SOFTMAX, torch.softmax: _SOFTMAX, F.log_softmax: _SOFTMAX, torch.log_softmax: _SOFTMAX,
     F.layer_norm: _STATISTICS, F.group_norm: _STATISTICS, F.instance_norm: _STATISTICS,
