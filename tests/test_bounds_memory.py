@@ -119,8 +119,16 @@ def test_a_part_of_a_batch_is_bounded_like_a_batch() -> None:
     graph = bounds.trace(net, x)
     network = Substitution(graph, bounds.Region(x, Ball(0.05)), "tight", refine=False)
     functions = torch.eye(10).expand(5, -1, -1)
-    with bounds.memory.limited(2 * bounds.memory.COPIES * 4 * 2 * 10 * network._width(graph.outputs[0])):
-        parts = list(network.parts(graph.outputs[0], functions))
-    assert [len(part.region.x) for part, _ in parts] == [2, 2, 1]
-    assert [len(rows.values) for _, rows in parts] == [20, 20, 10]
-    assert all(rows.each == 10 for _, rows in parts)
+    row = 2 * bounds.memory.COPIES * 4 * network._width(graph.outputs[0])
+
+    def parts(rows_at_once: int) -> list[tuple[int, int, int]]:
+        with bounds.memory.limited(row * rows_at_once):
+            return [
+                (len(part.region.x), len(rows.values), rows.each)
+                for part, rows in network.parts(graph.outputs[0], functions)
+            ]
+
+    assert parts(50) == [(5, 50, 10)]
+    assert parts(25) == [(2, 20, 10), (2, 20, 10), (1, 10, 10)]
+    # A thousand classes of one image may be too many.
+    assert parts(4) == [(1, 4, 4), (1, 4, 4), (1, 2, 2)] * 5

@@ -188,15 +188,18 @@ class Substitution:
         """Linear functions (batch, functions, values) of a flat node as rows, so many samples at once as fit.
 
         Each with the network of these samples alone: then all have equally many rows, and no field need be copied for
-        each row.
+        each row. Where not even one sample's functions fit, so many of these as do.
         """
         batch, count, size = functions.shape
-        most = max(1, memory.rows_at_once(self._width(target), functions) // count)
+        fit = memory.rows_at_once(self._width(target), functions)
+        most = max(1, fit // count)
         for start in range(0, max(1, batch), most):
             some = functions[start : start + most]
-            sample = torch.arange(len(some), device=some.device).repeat_interleave(count)
-            rows = Rows(some.reshape(-1, size), None if len(some) == 1 else sample, (size,), each=count)
-            yield self if len(some) == batch else self._stretch(start, start + len(some)), rows
+            part = self if len(some) == batch else self._stretch(start, start + len(some))
+            for few in some.split(min(count, fit), 1):
+                each = few.shape[1]
+                sample = torch.arange(len(few), device=few.device).repeat_interleave(each)
+                yield part, Rows(few.reshape(-1, size), None if len(few) == 1 else sample, (size,), each=each)
 
     def _stretch(self, start: int, stop: int) -> Substitution:
         """The same for samples that follow one another, to take rows back through: centres stay those of all."""
