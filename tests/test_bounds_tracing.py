@@ -279,6 +279,13 @@ def test_forward_passes_as_people_write_them(function: Callable[[nn.Module, Tens
     assert_true_to(net)
 
 
+def added_in_place(self: nn.Module, h: Tensor) -> Tensor:
+    """torch.fx takes it for a sum of its own; `h` has changed as well."""
+    more = h
+    more += 1
+    return h + more
+
+
 @pytest.mark.parametrize(
     ("function", "line"),
     [
@@ -286,8 +293,9 @@ def test_forward_passes_as_people_write_them(function: Callable[[nn.Module, Tens
         (lambda self, h: torch.stack([F.relu(image) for image in h]), "loops over the images"),
         (lambda self, h: h[:3], "mixes the samples"),
         (lambda self, h: self.layer(h), "remove_parametrizations"),
+        (added_in_place, r"a \+= b"),
     ],
-    ids=["len", "loop", "slice", "weight norm"],
+    ids=["len", "loop", "slice", "weight norm", "sum in place"],
 )
 def test_what_cannot_be_traced_is_refused_with_a_way_out(function: Any, line: str) -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))

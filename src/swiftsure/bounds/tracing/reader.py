@@ -171,5 +171,6 @@ def _require_faithful(graph: Graph, traced: Traced) -> None:
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
             raise InputError(
                 "the traced operations do not compute what the network computes; remove randomness in evaluation mode, "
-                "and whatever else makes a second pass give another answer"
+                "sums in place (a += b) of a value that is read elsewhere, and whatever else makes a second pass give "
+                "another answer"
             )
