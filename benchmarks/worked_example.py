@@ -65,15 +65,19 @@ def exits_of(net: MultiExit, x: Tensor, y: Tensor, ball: Ball) -> list[list[Exit
         for (lower, upper), z in zip(found, net(x), strict=True):
             low, high = ((side + sign * FLOOR).double() for side, sign in ((-upper, -1), (-lower, 1)))
             low, high = low.masked_fill(own, 0.0), high.masked_fill(own, 0.0)
-            ends = (entropy(z), lowest_entropy(low, high), highest_entropy(low, high), lower)
-            column = [Exit(*(side[i].tolist() for side in ends), {}) for i in range(len(x))]
+            own_score, least, most = (
+                score.tolist()
+                for score in (entropy(z), lowest_entropy(low, high), highest_entropy(low, high))
+            )
+            column = [Exit(*of, {}) for of in zip(own_score, least, most, lower.tolist(), strict=True)]
             sample, rival = ((high >= 0) & ~own).nonzero(as_tuple=True)
             narrow_low, narrow_high, empty = rival_boxes(low[sample], high[sample], rival)
             for i, j, box_low, box_high, none in zip(
                 sample.tolist(), rival.tolist(), narrow_low, narrow_high, empty, strict=True
             ):
-                least = math.inf if none else float(lowest_entropy(box_low[None], box_high[None]))
-                column[i].rivals[j] = least
+                column[i].rivals[j] = (
+                    math.inf if none else float(lowest_entropy(box_low[None], box_high[None]))
+                )
             columns.append(column)
     return [list(row) for row in zip(*columns, strict=True)]
 
@@ -101,9 +105,9 @@ def svg(image: Tensor, label: int, exits: list[Exit], policy: Policy, macs: list
 
     side = 120 / image.shape[-1]
     for i, row in enumerate(image[0].tolist()):
-        for j, value in enumerate(row):
-            grey = round(255 * (1 - value))
-            place = f'x="{10 + side * j:.1f}" y="{60 + side * i:.1f}" width="{side:.1f}" height="{side:.1f}"'
+        for k, pixel in enumerate(row):
+            grey = round(255 * (1 - pixel))
+            place = f'x="{10 + side * k:.1f}" y="{60 + side * i:.1f}" width="{side:.1f}" height="{side:.1f}"'
             parts.append(f'<rect {place} fill="rgb({grey},{grey},{grey})"/>')
     text(10, 30, f"A {label}, eps {EPS:g}")
     text(160, 30, "Entropy of each exit over the ball, nats")
@@ -143,19 +147,20 @@ def svg(image: Tensor, label: int, exits: list[Exit], policy: Policy, macs: list
         return 590 + 200 * value / span
 
     line(across(0), 45, across(0), 252, "line")
-    rows = [j for j in range(10) if j != label]
-    for place, j in enumerate(rows):
-        y, value = 58 + 23 * place, first.margin[j]
-        text(500, y + 4, str(j), "soft")
+    for order, j in enumerate(j for j in range(10) if j != label):
+        height, value = 58.0 + 23 * order, first.margin[j]
+        text(500, height + 4, str(j), "soft")
         kind = "other" if j in first.rivals else "proven"
         left, width = min(across(0), across(value)), abs(across(value) - across(0))
-        parts.append(f'<rect class="{kind}" x="{left:.1f}" y="{y - 5}" width="{width:.1f}" height="10"/>')
+        parts.append(
+            f'<rect class="{kind}" x="{left:.1f}" y="{height - 5}" width="{width:.1f}" height="10"/>'
+        )
         if j in first.rivals:
             least = first.rivals[j]
             words = (
                 "never the answer" if least == math.inf else f"the answer only at entropies above {least:.2f}"
             )
-            text(across(0) + 8, y + 4, words, "small soft")
+            text(across(0) + 8, height + 4, words, "small soft")
     text(across(0), 268, "0", "soft small", "middle")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
