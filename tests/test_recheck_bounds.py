@@ -294,10 +294,12 @@ def test_the_plain_walk_is_the_walk(
     expected = walk(found, y, policy, slack, logits)
     for i in range(len(y)):
         own = [(low[i].numpy(), high[i].numpy()) for low, high in found]
-        walked = walk_plainly(own, int(y[i]), policy, slack)
+        walked = walk_plainly(own, int(y[i]), policy, slack, [z[i].numpy() for z in logits])
         assert walked.margin == pytest.approx(float(expected.margin[i]), abs=1e-12)
         assert walked.required == expected.required[i].nonzero()[:, 0].tolist()
         assert walked.max_exit == int(expected.max_exit[i])
+        assert walked.open == expected.open[i].nonzero()[:, 0].tolist()
+        assert walked.failing == expected.failing[i].nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("classes", [4, 14, 40])

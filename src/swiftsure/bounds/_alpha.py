@@ -9,6 +9,7 @@ networks that were tried, margins lose less than 3e-4 by it, and nothing on aver
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,11 @@ STEPS = 30
 RATE = 0.25
 DECAY = 0.96
 """Adam's rate at the start, and what is left of it after each step."""
+BETAS = (0.9, 0.999)
 ENOUGH = 1e-3
 """A margin above this is proven, well clear of rounding; its ascent ends."""
+PACE = 3
+"""Steps over which it is seen how fast a margin grows."""
 LEVELS = 255
 """A slope below a ReLU is a whole number of this part of 1."""
 
@@ -61,6 +65,8 @@ def alpha_crown(
     steps: int = STEPS,
     kept: Kept | None = None,
     climb: Tensor | None = None,
+    only: int | None = None,
+    give_up: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """CROWN's bounds, improved; never looser than CROWN's, as that is where the ascent starts and the best is kept.
 
@@ -74,6 +80,9 @@ def alpha_crown(
         climb: (batch, outputs, 2) bool, whether a sample's lower and upper bounds of an output are worth an ascent;
             others are CROWN's. Where no upper bound of an output is, all that counts is whether its lower ones are
             positive. None: all are.
+        only: the one output that is bounded; bounds of the others are infinite. None: all are.
+        give_up: whether to leave a sample, where all that counts is whether lower bounds are positive, once one of them
+            would not become so at its recent pace. Steps shrink, and so do gains.
 
     Returns:
         For each output (lower, upper): (batch, functions) or (batch, classes) each.
@@ -82,11 +91,17 @@ def alpha_crown(
     # In a caller's inference mode nothing has gradients, nor has what was made in it: hence the copies.
     with torch.inference_mode(False), torch.no_grad():
         region, spec = Region(region.x.clone(), region.ball), None if spec is None else spec.clone()
-        network = Substitution(graph, region, "tight", refine=True)
+        wanted = None if only is None else [graph.outputs[only]]
+        network = Substitution(graph, region, "tight", refine=True, outputs=wanted)
         if climb is None:
             climb = torch.ones(len(region.x), len(graph.outputs), 2, dtype=torch.bool, device=region.x.device)
         bounds = []
         for number, output in enumerate(graph.outputs):
+            if only not in (None, number):
+                shape = (len(region.x), graph.nodes[output].shape[0] if spec is None else spec.shape[1])
+                nothing = region.x.new_full(shape, torch.inf)
+                bounds.append((-nothing, nothing))
+                continue
             functions = spec_or_logits(network.centers[output], spec)
             sides = [torch.full(functions.shape[:2], torch.inf).to(functions) for _ in range(2)]
             for above in (False, True)[: 1 + upper]:
@@ -99,6 +114,7 @@ def alpha_crown(
                     climb[:, number, int(above)],
                     steps,
                     until_positive,
+                    give_up,
                     kept is not None,
                 )
                 if kept is not None:
@@ -114,6 +130,7 @@ def _ascend(
     climb: Tensor,
     steps: int,
     until_positive: bool,
+    give_up: bool,
     keep: bool,
 ) -> tuple[Tensor, dict[int, Slopes]]:
     """Lower bounds (batch, functions) of functions (batch, functions, classes), and the slopes of those that climbed.
@@ -137,7 +154,7 @@ def _ascend(
     for samples in undecided.split(memory.rows_at_once(size, best)):
         some = network.restricted(samples)
         ascent = _Ascent(some, output, functions[samples], best[samples], keep)
-        best[samples] = ascent.run(open_[samples], steps, until_positive)
+        best[samples] = ascent.run(open_[samples], steps, until_positive, give_up)
         if keep:
             found = ascent.slopes()
             slopes.update({int(sample): one for sample, one in zip(samples, found, strict=True) if one})
@@ -174,19 +191,43 @@ class _Ascent:
         self._better = torch.zeros_like(best, dtype=torch.bool)
         self._places = {i: self._places_of(i) for i in bends} if keep else {}
         self._best_low = {i: slope.detach().clone() for i, slope in self.low.items()}
+        self._moments = {
+            slope: (torch.zeros_like(slope), torch.zeros_like(slope))
+            for slope in (*self.low.values(), *self.up.values())
+            if slope.requires_grad
+        }
 
-    def run(self, open_: Tensor, steps: int, until_positive: bool) -> Tensor:
-        """Climb on the bounds that are open (batch, functions), and return the best found."""
-        network, best = self.network, self.best
+    def run(
+        self,
+        open_: Tensor,
+        steps: int,
+        until_positive: bool,
+        give_up: bool,
+        first: int = 0,
+        past: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Climb on the bounds that are open (batch, functions), and return the best found.
+
+        Args:
+            first: the number of the step to begin with; past: bounds that were known after each one before.
+        """
+        network, best, known = self.network, self.best, list(past)
         relaxations = network.relaxations
         network.relaxations = dict(relaxations)
-        parameters = [slope for slope in (*self.low.values(), *self.up.values()) if slope.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=RATE)
-        decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, DECAY)
-        for step in range(steps + 1):
+        for step in range(first, steps + 1):
             sample, function = open_.nonzero(as_tuple=True)
             if not len(sample):
                 break
+            alive = open_.any(1).nonzero()[:, 0]
+            if 2 * len(alive) <= len(best):
+                # What is settled would be carried along at the full price.
+                network.relaxations, self.best = relaxations, best
+                part = self._part(alive)
+                found = part.run(
+                    open_[alive], steps, until_positive, give_up, step, [known_[alive] for known_ in known]
+                )
+                self._take(part, alive)
+                return best.index_copy(0, alive, found)
             rows = Rows(
                 self.functions[sample, function], sample, (self.functions.shape[2],), function=function
             )
@@ -205,23 +246,67 @@ class _Ascent:
                 self._remember(better, low)
             if until_positive:
                 open_ = open_ & ~(best > ENOUGH)
+            if until_positive and give_up:
+                known.append(best)
+                if step >= PACE:
+                    pace = (best - known[step - PACE]) / PACE
+                    # All functions of a sample have to become positive, so one that will not ends the ascent of all.
+                    hopeful = best + pace * (steps - step) > 0
+                    open_ = open_ & (hopeful | ~open_).all(1, keepdim=True)
             if step == steps or not loss.requires_grad:
                 break
-            # Not by `backward`, which would also add to the gradients of the network's own parameters.
-            for slope, gradient in zip(
-                parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-            ):
-                slope.grad = gradient
-            optimizer.step()
-            decay.step()
-            for slopes in (self.low, self.up):
-                for i, slope in slopes.items():
-                    activation = network.bends[i].activation
-                    if isinstance(activation, ops.PiecewiseLinear):
-                        # Steeper lines than any piece only lose.
-                        slope.data.clamp_(min(activation.slopes), max(activation.slopes))
+            self._step(loss, step)
         network.relaxations = relaxations
         return best
+
+    def _step(self, loss: Tensor, step: int) -> None:
+        """Move the slopes, by Adam (Kingma and Ba 2015).
+
+        Written out: torch's own brings in torch.compile on its first use, which takes longer than most ascents.
+        """
+        # Not by `backward`, which would also add to the gradients of the network's own parameters.
+        gradients = torch.autograd.grad(loss, list(self._moments), allow_unused=True)
+        for (slope, (mean, square)), gradient in zip(self._moments.items(), gradients, strict=True):
+            if gradient is not None:
+                mean.lerp_(gradient, 1 - BETAS[0])
+                square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+                scale = (square / (1 - BETAS[1] ** (step + 1))).sqrt_().add_(1e-8)
+                rate = RATE * DECAY**step / (1 - BETAS[0] ** (step + 1))
+                slope.data.addcdiv_(mean, scale, value=-rate)
+        for slopes in (self.low, self.up):
+            for i, slope in slopes.items():
+                activation = self.network.bends[i].activation
+                if isinstance(activation, ops.PiecewiseLinear):
+                    # Steeper lines than any piece only lose.
+                    slope.data.clamp_(min(activation.slopes), max(activation.slopes))
+
+    def _part(self, samples: Tensor) -> _Ascent:
+        """The same ascent for some samples, where it stands."""
+        network = self.network.restricted(samples)
+        part = _Ascent(network, self.output, self.functions[samples], self.best[samples], self.keep)
+        for ours, theirs in ((self.low, part.low), (self.up, part.up)):
+            for i, slope in ours.items():
+                units = self._units(i, samples)
+                theirs[i].data.copy_(slope.data[:, units])
+                if slope in self._moments:
+                    mean, square = self._moments[slope]
+                    part._moments[theirs[i]] = mean[:, units], square[:, units]
+        for i, slope in self._best_low.items():
+            part._best_low[i] = slope[:, self._units(i, samples)]
+        return part
+
+    def _take(self, part: _Ascent, samples: Tensor) -> None:
+        """Remember what a part of the ascent, of these samples, has found."""
+        self._better[samples] |= part._better
+        for i, slope in part._best_low.items():
+            self._best_low[i][:, self._units(i, samples)] = slope
+
+    def _units(self, index: int, samples: Tensor) -> Tensor:
+        """Which bent units of an activation belong to these samples: (units,) bool."""
+        chosen = torch.zeros(len(self.best), dtype=torch.bool, device=samples.device)
+        chosen[samples] = True
+        size = int(torch.Size(self.network.graph.nodes[index].shape).numel())
+        return chosen[self.network.relaxations[index].unit.div(size, rounding_mode="floor")]
 
     def slopes(self) -> list[Slopes | None]:
         """What to keep of each sample; None where CROWN's bounds were not improved, or other activations were met."""

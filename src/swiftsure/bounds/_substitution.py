@@ -8,7 +8,7 @@ technique's own as well). Centres go forward once, like a plain pass; only funct
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -38,9 +38,18 @@ class Substitution:
         region: the inputs to bound over.
         lines: the shape of the relaxations.
         refine: whether to bound hidden units by substitution too, or by intervals alone.
+        outputs: nodes whose functions will be asked for; None: the graph's outputs.
     """
 
-    def __init__(self, graph: Graph, region: Region, lines: Lines, *, refine: bool) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        region: Region,
+        lines: Lines,
+        *,
+        refine: bool,
+        outputs: Sequence[int] | None = None,
+    ) -> None:
         self.graph, self.region, self.lines, self.refine = graph, region, lines, refine
         self.intervals = Intervals(graph, region)
         self.centers: dict[int, Tensor] = {}
@@ -50,8 +59,12 @@ class Substitution:
         self.bends: dict[int, Bends] = {}
         # Up to one linear map away from the image, intervals are exact.
         self._depth = _linear_depth(graph)
+        asked = graph.outputs if outputs is None else outputs
+        needed = {i for output in asked for i in graph.ancestors(output)}
         for index, node in enumerate(graph.nodes):
             operation = node.operation
+            if index not in needed:
+                continue
             if isinstance(operation, ops.Input):
                 self.centers[index] = region.center
             elif isinstance(operation, ops.Bent):

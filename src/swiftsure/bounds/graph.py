@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -35,6 +35,10 @@ class Graph:
             operation = node.operation
             known.append(x if isinstance(operation, ops.Input) else operation.value(*inputs))
         return [known[output] for output in self.outputs]
+
+    def only(self, number: int) -> Graph:
+        """The same with one of its outputs alone; nodes that it does not depend on stay, and are not asked for."""
+        return replace(self, outputs=[self.outputs[number]])
 
     def ancestors(self, target: int) -> list[int]:
         """The nodes that ``target`` depends on, itself included, from last to first."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks import pgd
-from swiftsure.attacks.objectives import as_exits, average, cross_entropy
+from swiftsure.attacks.gates import deployed
+from swiftsure.attacks.objectives import as_exits, average, cross_entropy, margin
 from swiftsure.ball import Ball
 from swiftsure.bounds import (
     TECHNIQUES,
@@ -21,7 +22,6 @@ from swiftsure.bounds import (
     Kept,
     Region,
     Slopes,
-    Technique,
     alpha_crown,
     class_count,
     difference_bounds,
@@ -31,7 +31,7 @@ from swiftsure.bounds import (
 )
 from swiftsure.certificates._precision import certifying, place
 from swiftsure.certificates._rounding import FLOOR, rounding_slack
-from swiftsure.certificates._walk import walk
+from swiftsure.certificates._walk import Walk, walk
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, exit_macs, static_macs
@@ -45,7 +45,7 @@ CHEAPEST = "interval"
 DEAR = ("symbolic", "crown", "alpha-crown")
 """With "auto", only what withstands an attack is asked of these."""
 ATTACK_STEPS = 20
-LARGEST_CHUNK = {"interval": 256}
+LARGEST_CHUNK = {"interval": 256, "alpha-crown": 256}
 """Samples bounded at once, however much memory there is: beyond, nothing gets faster."""
 LARGEST_ROW_CHUNK = 64
 
@@ -190,8 +190,12 @@ def certify_by(
             if frugal:
                 proof.drop_dear(name, ball)
                 chosen = proof.undecided(name)
-            for part in chosen.split(batch or _chunk(graph, images, name)):
-                proof.add(name, part, ball, delta)
+            size = batch or _chunk(graph, images, name)
+            if frugal and name != CHEAPEST:
+                proof.settle(name, chosen, ball, delta, size)
+            else:
+                for part in chosen.split(size):
+                    proof.add(name, part, ball, delta)
         costs = torch.tensor(_costs(net, x, len(graph.outputs)), device=device)
     return Certificate(
         certified=proof.certified.to(x.device),
@@ -233,11 +237,12 @@ class _Proof:
         self.certified = torch.zeros_like(self.right)
         self.broken = torch.zeros_like(self.right)
         self.max_exit = torch.full_like(self.label, self.exits - 1)
-        self.required, self.open = (
-            torch.ones(len(images), self.exits, dtype=torch.bool, device=images.device) for _ in range(2)
+        self.required, self.open, self.failing = (
+            torch.ones(len(images), self.exits, dtype=torch.bool, device=images.device) for _ in range(3)
         )
         self.method = [UNPROVEN] * len(images)
         self.slopes: list[SampleSlopes | None] = [None] * len(images)
+        self._climbed: dict[int, dict[tuple[int, bool], Slopes]] = {}
 
     def undecided(self, name: str) -> Tensor:
         """Which samples are worth a technique: those whose label it may prove; intervals bound the cost of all.
@@ -255,33 +260,54 @@ class _Proof:
         if name == DEAR[0]:
             asked = (self.right & ~self.certified).nonzero()[:, 0]
             self.broken[asked] = ~_withstands(
-                self.net, self.images[asked], self.label[asked], ball, self.policy, self.exits
+                self.net, self.images[asked], self.label[asked], ball, self.policy
             )
 
-    def add(self, name: str, part: Tensor, ball: Ball, delta: float) -> None:
-        """Intersect the boxes of some samples with a technique's, and walk again."""
+    def settle(self, name: str, chosen: Tensor, ball: Ball, delta: float, size: int) -> None:
+        """A technique asked about one exit of a sample at a time, and no further where an exit fails.
+
+        First those up to where the image itself leaves, the last one first: where one of them fails, no other helps.
+        Then those behind, which only count where the walk cannot be shown to end before them. alpha-CROWN begins
+        with these: an ascent on margins alone is much the cheapest. (On mnist_small with two side exits this loses 2
+        verdicts of 10,000, and takes a third of the time.)
+        """
+        leaves = self.exit[chosen] if name != "alpha-crown" else torch.full_like(chosen, self.exits - 1)
+        numbers = torch.arange(self.exits, device=chosen.device)
+        first = numbers <= leaves[:, None]
+        for turn in (first, ~first):
+            for exit in reversed(range(self.exits)):
+                before = (turn & (numbers > exit)) | (first & ~turn)
+                hopeful = turn[:, exit] & self.open[chosen, exit] & ~(before & self.failing[chosen]).any(1)
+                for part in chosen[hopeful].split(size):
+                    self.add(name, part, ball, delta, exit)
+
+    def add(self, name: str, part: Tensor, ball: Ball, delta: float, exit: int | None = None) -> None:
+        """Intersect the boxes of some samples, at one exit or at all, with a technique's, and walk again."""
         if self.exits == 1:
             # Whatever it costs is known, and the label of a wrong answer cannot be proven.
             part = part[self.right[part]]
         if not len(part):
             return
-        about = self.about[part]
+        about, last = self.about[part], self.exits - 1
         region = Region(self.images[part], ball)
         kept: Kept = {}
-        bound: Technique = technique(name)
+        bound, graph = technique(name), self.graph
         if name == "alpha-crown":
             # An ascent is dear: it goes to exits that stand between the label and its proof. At the last one there is
             # no threshold, and so nothing but the margins to prove.
             climb = self.open[part][..., None].repeat(1, 1, 2)
             climb[:, -1, 1] = False
-            bound = partial(alpha_crown, kept=kept, climb=climb)
-        found = difference_bounds(bound, self.graph, region, about, upper=self.exits > 1)
-        for exit, (lower, upper) in enumerate(found):
+            bound = partial(alpha_crown, kept=kept, climb=climb, only=exit, give_up=exit is not None)
+        elif exit is not None:
+            graph = graph.only(exit)
+        found = difference_bounds(bound, graph, region, about, upper=last > 0 and exit != last)
+        for number in range(self.exits) if exit is None else (exit,):
+            lower, upper = found[number if len(found) > 1 else 0]
             # What overflowed bounds nothing, on either side. z_j - z_y is the negative.
             low = (-upper).where(upper.isfinite(), -torch.inf)
             high = (-lower).where(lower.isfinite(), torch.inf)
-            self.low[exit][part] = torch.maximum(self.low[exit][part], low)
-            self.high[exit][part] = torch.minimum(self.high[exit][part], high)
+            self.low[number][part] = torch.maximum(self.low[number][part], low)
+            self.high[number][part] = torch.minimum(self.high[number][part], high)
         boxes = [(low[part], high[part]) for low, high in zip(self.low, self.high, strict=True)]
         walked = walk(boxes, about, self.policy, delta, [z[part] for z in self.logits])
         right = self.right[part]
@@ -290,23 +316,31 @@ class _Proof:
         for index in part[proven].tolist():
             self.method[index] = name
         cheaper = (walked.max_exit < self.max_exit[part]) | (walked.required != self.required[part]).any(1)
-        self._keep(kept, part, (proven | cheaper).nonzero()[:, 0].tolist(), walked.max_exit)
+        if kept:
+            self._keep(kept, part, proven | cheaper, walked, exit)
         self.certified[part] |= proven
         self.max_exit[part] = walked.max_exit
         self.required[part], self.open[part] = walked.required, walked.open
+        self.failing[part] = walked.failing
 
-    def _keep(self, kept: Kept, part: Tensor, chosen: Sequence[int], max_exit: Tensor) -> None:
-        """The slopes of some samples of a part, of the exits that the walk visited."""
-        for sample in chosen if kept else ():
+    def _keep(self, kept: Kept, part: Tensor, gained: Tensor, walked: Walk, exit: int | None) -> None:
+        """Slopes of those samples of a part that gained by them, at the exits that the walk visited.
+
+        Those of an exit that was settled alone wait until the next one is.
+        """
+        waits = torch.zeros_like(gained) if exit is None else ~walked.open[:, exit]
+        for sample in (gained | waits).nonzero()[:, 0].tolist():
             index = int(part[sample])
-            about, own = int(self.about[index]), {}
-            for exit, above in product(range(int(max_exit[sample]) + 1), (False, True)):
-                slopes = kept.get((sample, exit, above))
+            about, own = int(self.about[index]), self._climbed.setdefault(index, {})
+            for number, above in product(range(self.exits), (False, True)):
+                slopes = kept.get((sample, number, above))
                 if slopes is not None:
                     # Functions leave out the class that they are about.
                     classes = slopes.function + (slopes.function >= about)
-                    own[exit, above] = replace(slopes, function=classes)
-            self.slopes[index] = own or None
+                    own[number, above] = replace(slopes, function=classes)
+            if gained[sample]:
+                last = int(walked.max_exit[sample])
+                self.slopes[index] = {key: slopes for key, slopes in own.items() if key[0] <= last} or None
 
 
 def verified_accuracy(
@@ -378,17 +412,20 @@ def _logits(net: nn.Module, x: Tensor, exits: int, classes: int) -> list[Tensor]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
-def _withstands(net: nn.Module, x: Tensor, label: Tensor, ball: Ball, policy: Policy, exits: int) -> Tensor:
-    """Whether PGD on all exits, started at the image itself, leaves each sample its label: (batch,) bool."""
-    objective = average() if exits > 1 else cross_entropy
-    parts = [label.new_empty(0, dtype=torch.bool)]
-    for images, wanted in zip(x.split(256), label.split(256), strict=True):
-        if len(images):
+def _withstands(net: nn.Module, x: Tensor, label: Tensor, ball: Ball, policy: Policy) -> Tensor:
+    """Whether PGD, started at the image itself, leaves each sample its label: (batch,) bool.
+
+    With several exits on all of them, and then, for what is left, on the one that answers.
+    """
+    objectives = [cross_entropy] if policy.exits == 1 else [average(), deployed(policy, margin)]
+    withstands = torch.ones_like(label, dtype=torch.bool)
+    for objective in objectives:
+        for part in withstands.nonzero()[:, 0].split(256):
             found = pgd(
-                net, images, wanted, ball, objective=objective, steps=ATTACK_STEPS, random_start=False
+                net, x[part], label[part], ball, objective=objective, steps=ATTACK_STEPS, random_start=False
             )
-            parts.append(~policy.misclassified(as_exits(net(found)), wanted))
-    return torch.cat(parts)
+            withstands[part] = ~policy.misclassified(as_exits(net(found)), label[part])
+    return withstands
 
 
 def _chunk(graph: Graph, images: Tensor, name: str) -> int:

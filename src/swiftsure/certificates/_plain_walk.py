@@ -33,9 +33,13 @@ class Walked:
     margin: float
     required: list[int]
     max_exit: int
+    open: list[int]
+    failing: list[int]
 
 
-def walk_plainly(boxes: Sequence[Box], y: int, policy: Policy | None, slack: float) -> Walked:
+def walk_plainly(
+    boxes: Sequence[Box], y: int, policy: Policy | None, slack: float, logits: Sequence[Array]
+) -> Walked:
     """Visit the exits in order, until one surely fires.
 
     Args:
@@ -43,8 +47,9 @@ def walk_plainly(boxes: Sequence[Box], y: int, policy: Policy | None, slack: flo
         y: the label that must hold.
         policy: None for one exit.
         slack: how far rounding may carry a difference out of its box.
+        logits: of every exit at the image itself.
     """
-    margin, required = math.inf, []
+    margin, required, failing = math.inf, [], []
     for exit, box in enumerate(boxes):
         low, high = (
             np.where(np.isfinite(end), end, side) for end, side in zip(box, (-np.inf, np.inf), strict=True)
@@ -58,11 +63,17 @@ def walk_plainly(boxes: Sequence[Box], y: int, policy: Policy | None, slack: flo
         last = exit == len(boxes) - 1
         if last or not _silent(policy, exit, wide_low, wide_high):
             required.append(exit)
+            own = math.inf
             for j in rivals:
                 if last or not _harmless(policy, exit, wide_low, wide_high, j):
-                    margin = min(margin, -float(high[j]))
+                    own = min(own, -float(high[j]))
+            margin = min(margin, own)
+            if not own > slack:
+                failing.append(exit)
             if last or _always(policy, exit, wide_low, wide_high):
-                return Walked(margin, required, exit)
+                # Where the image itself leaves before some that fail, the walk might end there yet.
+                ends = [i for i in required if i < max(failing, default=0) and _fires(policy, i, logits[i])]
+                return Walked(margin, required, exit, sorted({*failing, *ends}), failing)
     raise AssertionError("the last exit always fires")
 
 
@@ -76,18 +87,24 @@ def _harmless(policy: Policy | None, exit: int, low: Array, high: Array, rival: 
     return bool((low > high).any()) or _silent(policy, exit, low, high)
 
 
+def exit_plainly(logits: Sequence[Array], policy: Policy | None) -> int:
+    """By which exit the deployed network answers, given the logits (classes,) of all of them."""
+    firing = (exit for exit, z in enumerate(logits[:-1]) if _fires(policy, exit, z))
+    return next(firing, len(logits) - 1)
+
+
 def answer_plainly(logits: Sequence[Array], policy: Policy | None) -> int:
-    """What the deployed network says, given the logits (classes,) of all its exits."""
-    for exit, z in enumerate(logits[:-1]):
-        assert policy is not None
-        threshold = policy.thresholds[exit]
-        if policy.rule == "entropy":
-            fires = float(_entropy(z)) < threshold
-        else:
-            fires = 1 / np.exp(z - z.max()).sum() > threshold
-        if fires:
-            return int(z.argmax())
-    return int(logits[-1].argmax())
+    """What the deployed network says."""
+    return int(logits[exit_plainly(logits, policy)].argmax())
+
+
+def _fires(policy: Policy | None, exit: int, z: Array) -> bool:
+    """Whether an exit that is not the last fires, given its logits (classes,)."""
+    assert policy is not None
+    threshold = policy.thresholds[exit]
+    if policy.rule == "entropy":
+        return float(_entropy(z)) < threshold
+    return bool(1 / np.exp(z - z.max()).sum() > threshold)
 
 
 def _silent(policy: Policy | None, exit: int, low: Array, high: Array) -> bool:

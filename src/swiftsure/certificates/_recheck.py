@@ -16,7 +16,7 @@ from swiftsure import files
 from swiftsure.certificates._certify import UNPROVEN, Certificate, _techniques
 from swiftsure.certificates._plain_bounds import Box
 from swiftsure.certificates._plain_network import Unreadable, read_plainly
-from swiftsure.certificates._plain_walk import Walked, answer_plainly, walk_plainly
+from swiftsure.certificates._plain_walk import Walked, answer_plainly, exit_plainly, walk_plainly
 from swiftsure.certificates._provers import DoubleProver, PlainProver, Prover, SampleBounds
 from swiftsure.certificates._storage import NAME, CertificateFile, image_sha256, policy_sha256, read
 from swiftsure.data import ImageSet
@@ -44,7 +44,7 @@ class Recheck:
         certified: of these, certified, and proven again.
         by_reference: of these, bounded by the plain reference; all or none.
         reason: why the network could not be read by the reference; None where it could.
-        largest_difference: the largest difference of a margin from the stated one.
+        largest_difference: the largest difference of a certified sample's margin from the stated one.
         seconds: wall time.
     """
 
@@ -153,7 +153,7 @@ class _Again:
         self.tolerance = tolerance
 
     def compare(self) -> float:
-        """The difference of the margin, once what the file says lies between what is proven and what may be.
+        """The difference of a proof's margin, once what the file says lies between what is proven and what may be.
 
         Raises:
             SoundnessError, InputError: as `recheck`.
@@ -169,7 +169,8 @@ class _Again:
         if fault is not None:
             raise fault
         difference = abs(margin - self.margin)
-        return difference if difference <= self._allowed else 0.0
+        # What is not proven is bounded until it comes near, and no further.
+        return difference if self.certified and difference <= self._allowed else 0.0
 
     def _best_margin(self, boxes: list[Box]) -> float:
         """The margin that comes nearest to the stated one from above, or the largest.
@@ -185,27 +186,46 @@ class _Again:
         return best
 
     def _ladder(self) -> Iterator[list[Box]]:
-        """Boxes that are narrowed by one technique after the other, from the one on that the line names."""
+        """Boxes that are narrowed by one technique after the other, from the one on that the line names.
+
+        A dearer technique narrows one exit at a time, and no further where an exit fails, as `_certify` does; then all
+        of them, which proves no less.
+        """
         names = list(_techniques(self.claimed.asked))
-        classes = len(self.bounds.logits[0])
-        whole = np.full(classes, np.inf)
+        whole = np.full(len(self.bounds.logits[0]), np.inf)
         boxes = [(-whole, whole)] * len(self.bounds.logits)
+        most = boxes
         named = 0 if self.method == UNPROVEN else names.index(self.method)
         if self.method == UNPROVEN:
             yield boxes
         for number, name in enumerate(names):
             narrower = self.bounds.differences(name, self.about, self.slopes)
-            boxes = [
-                (np.fmax(low, more_low), np.fmin(high, more_high))
-                for (low, high), (more_low, more_high) in zip(boxes, narrower, strict=True)
-            ]
+            most = [_meet(box, found) for box, found in zip(most, narrower, strict=True)]
             self.tried = number + 1
             self.climbed = name == "alpha-crown" and not self.prover.reads_slopes
+            if number == 0:
+                boxes = most
+            elif len(boxes) > 1:
+                order = self._order(name)
+                for place, exit in enumerate(order):
+                    found = self._walk(boxes, 1.0)
+                    if exit in found.open and not set(found.failing) & set(order[:place]):
+                        boxes = [*boxes[:exit], _meet(boxes[exit], narrower[exit]), *boxes[exit + 1 :]]
+                        if number >= named:
+                            yield boxes
             if number >= named:
-                yield boxes
+                yield most
+
+    def _order(self, name: str) -> list[int]:
+        """In which order exits are asked about: up to where the image leaves, the last one first; then the others."""
+        last = len(self.bounds.logits) - 1
+        leaves = last if name == "alpha-crown" else exit_plainly(self.bounds.logits, self.claimed.policy)
+        return [*range(leaves, -1, -1), *range(last, leaves, -1)]
 
     def _walk(self, boxes: list[Box], share: float) -> Walked:
-        return walk_plainly(boxes, self.about, self.claimed.policy, share * self.claimed.delta)
+        return walk_plainly(
+            boxes, self.about, self.claimed.policy, share * self.claimed.delta, self.bounds.logits
+        )
 
     @property
     def _what(self) -> str:
@@ -265,6 +285,11 @@ class _Again:
 
     def _other_margin(self, margin: float) -> InputError:
         return InputError(f"{self._what} has margin {self.margin:.6g} in the file, but it is {margin:.6g}")
+
+
+def _meet(first: Box, second: Box) -> Box:
+    """The box that two boxes have in common."""
+    return np.fmax(first[0], second[0]), np.fmin(first[1], second[1])
 
 
 def _check_weights(net: nn.Module, folder: Path, stated: str) -> None:

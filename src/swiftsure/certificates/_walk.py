@@ -43,12 +43,14 @@ class Walk:
         required: (B, K) bool, the exits at which an image of the ball may leave.
         max_exit: (B,) int64, the last exit that an image of the ball can reach.
         open: (B, K) bool, the exits whose bounds, were they tighter, might yet prove the label.
+        failing: (B, K) bool, the exits that may give another answer, as far as is known.
     """
 
     margin: Tensor
     required: Tensor
     max_exit: Tensor
     open: Tensor
+    failing: Tensor
 
 
 Question = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -122,8 +124,9 @@ def walk(boxes: Sequence[Box], y: Tensor, policy: Policy, delta: float, logits: 
     failing = ~(margins > delta)
     # Where the image itself leaves, the walk might end before it comes to those that fail.
     before = failing.flip(1).cumsum(1).flip(1) > 0
-    failing[:, side] |= (before & required)[:, side] & fires
-    return Walk(margins.amin(1), required, max_exit, failing)
+    open_ = failing.clone()
+    open_[:, side] |= (before & required)[:, side] & fires
+    return Walk(margins.amin(1), required, max_exit, open_, failing)
 
 
 def _ask(question: Question, low: Tensor, high: Tensor, limits: Tensor, asked: Tensor) -> Tensor:
