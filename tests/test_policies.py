@@ -175,6 +175,21 @@ def test_more_budget_is_never_worse() -> None:
     assert accuracies[0] == pytest.approx((z[0].argmax(1) == y).double().mean().item())
 
 
+def test_an_exit_that_is_fooled_closes() -> None:
+    """Clean images let the cheap exit answer all; under attack it is sure and wrong, so it must not."""
+    y = torch.zeros(40, dtype=torch.int64)
+    right, wrong = torch.tensor([4.0, 0, 0]).repeat(40, 1), torch.tensor([0, 4.0, 0]).repeat(40, 1)
+    # Half of the samples are surer than any attack makes a wrong class.
+    right[:20] *= 3
+    clean, attacked = [right, right], [torch.cat([right[:20], wrong[20:]]), right]
+    assert (within_macs(clean, y, [1.0, 2.0], 2.0).exit_of(clean) == 0).all()
+    policy = within_macs(clean, y, [1.0, 2.0], 2.0, attacked=[attacked])
+    assert policy.exit_of(clean).tolist() == [0] * 20 + [1] * 20
+    assert not policy.misclassified(attacked, y).any()
+    # The budget is one of clean images, and may leave no choice.
+    assert (within_macs(clean, y, [1.0, 2.0], 1.0, attacked=[attacked]).exit_of(clean) == 0).all()
+
+
 def test_one_exit_has_no_threshold() -> None:
     z, y = logits(1, 5), torch.zeros(5, dtype=torch.int64)
     assert equal_share(z).thresholds == within_macs(z, y, [7.0], 7.0).thresholds == ()
@@ -214,6 +229,10 @@ def test_a_policy_is_stored_as_plain_values() -> None:
         (lambda: within_macs(logits(2, 9), torch.zeros(9), [5.0, 9.0], 4.0), "macs is 4.0; allowed: a number from 5"),
         (lambda: within_macs(logits(2, 9), torch.zeros(9), [5.0, 9.0], math.nan), "macs is nan"),
         (lambda: within_macs(logits(2, 9), torch.zeros(9), [5.0, 9.0], "60M"), "macs is '60M'"),
+        (
+            lambda: within_macs(logits(2, 9), torch.zeros(9), [5.0, 9.0], 9.0, attacked=[logits(2, 8)]),
+            "attack 0 has logits of shapes",
+        ),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(call, words: str) -> None:

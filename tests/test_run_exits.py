@@ -14,7 +14,7 @@ from torch import nn
 
 import small_run
 import swiftsure as ss
-from swiftsure import data, evaluation, exits, report, results, run, samples
+from swiftsure import data, evaluation, exits, report, results, run, run_exits, samples
 from swiftsure.calibration import calibrate_run
 from swiftsure.cli import main
 from swiftsure.errors import InputError
@@ -167,6 +167,29 @@ def test_more_budget_costs_more(folder: Path) -> None:
     assert cheap.shares == [1.0, 0.0, 0.0]
     free = calibrate_run(folder, macs=costs[-1], device="cpu")
     assert free.accuracy >= cheap.accuracy
+
+
+def test_thresholds_under_attack(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = f"{exits.exit_macs(network(folder))[-1]}"
+    assert main(["calibrate", str(folder), "--macs", budget, "--device", "cpu"]) == 0
+    clean = network(folder)
+    assert main(["calibrate", str(folder), "--macs", budget, "--attacked", "--device", "cpu"]) == 0
+    attacked = network(folder)
+    images = data.load("digits").calibration
+    logits = run_exits.attacked_logits(clean, images, run.read_recipe(folder).ball.build())
+    assert set(logits) == {"pgd40_exit1", "pgd40_exit2", "pgd40_main", "pgd40_average"}
+    logits["none"] = exits.all_logits(clean, images)
+    y = images.labels
+    broken = [
+        torch.stack([net.policy.misclassified(z, y) for z in logits.values()]).any(0).sum()
+        for net in (clean, attacked)
+    ]
+    assert broken[1] <= broken[0]
+    capsys.readouterr()
+    assert main(["calibrate", str(folder), "--attacked", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "swiftsure: attacked images fit thresholds within a budget; give macs as well\n"
+    )
 
 
 def test_the_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

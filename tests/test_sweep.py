@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import small_run
-from swiftsure import sweep
+from swiftsure import run_exits, sweep
 from swiftsure.errors import InputError
 from swiftsure.exits import Policy, all_logits, equal_share, exit_macs, in_shares
 from swiftsure.subject import open_subject
@@ -75,7 +75,7 @@ def test_a_point_by_hand() -> None:
 
 
 def test_the_curve_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "STEPS", 8)
+    monkeypatch.setattr(run_exits, "STEPS", 8)
     folder = small_run.train(
         tmp_path / "run", "loss.proven=false", "schedule.ramp=0", "optimizer.rate=0.01", "exits.count=3",
         "evaluate.limit=null", "ball.eps=0.1",
@@ -117,7 +117,7 @@ def test_the_curve_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_exit_is_one_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "STEPS", 8)
+    monkeypatch.setattr(run_exits, "STEPS", 8)
     folder = small_run.train(tmp_path / "run", "schedule.epochs=2", "schedule.ramp=0")
     subject = open_subject(folder, limit=50, device="cpu")
     found = sweep.sweep(subject)

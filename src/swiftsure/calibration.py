@@ -43,6 +43,7 @@ def calibrate_run(
     *,
     macs: float | None = None,
     certified_macs: float | None = None,
+    attacked: bool = False,
     thresholds: Sequence[float] | None = None,
     policy: str | None = None,
     device: str = "auto",
@@ -59,6 +60,7 @@ def calibrate_run(
             each exit.
         certified_macs: instead, the mean of the proven worst-case multiply-adds over the recipe's ball, for the best
             verified accuracy within them.
+        attacked: with macs: the best accuracy on clean images and under attacks on each exit, over the recipe's ball.
         thresholds: by hand instead, one for each exit but the last.
         policy: "entropy" or "confidence"; None: the recipe's.
         device: "auto" or a torch device.
@@ -75,11 +77,14 @@ def calibrate_run(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are both given; allowed: one of them")
+    if attacked and macs is None:
+        raise InputError("attacked images fit thresholds within a budget; give macs as well")
     choice = replace(
         recipe.exits,
         policy=policy or recipe.exits.policy,  # type: ignore[arg-type]
         macs=macs,
         certified_macs=certified_macs,
+        attacked=attacked,
         thresholds=None if thresholds is None else list(thresholds),
     )
     net = run.read_network(folder, run.pick_device(device), model)

@@ -253,6 +253,11 @@ COMMANDS = {
                 help="mean of the proven worst-case multiply-adds, for the best verified accuracy within them",
             ),
             _argument(
+                "--attacked",
+                action="store_true",
+                help="with --macs: the best accuracy under attacks on each exit, and not of clean images alone",
+            ),
+            _argument(
                 "--thresholds", type=_numbers, metavar="LIST", help="by hand: one for each exit but the last"
             ),
             _argument("--policy", metavar="NAME", help="entropy or confidence (default: the recipe's)"),

@@ -63,6 +63,7 @@ class Exits:
             equally many images at each exit.
         certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
             accuracy within them, by cheap bounds over the recipe's ball; null for one of the other two.
+        attacked: with macs: the best accuracy is that on clean images and under PGD on each exit and on their average.
     """
 
     at: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Exits:
     thresholds: list[float] | None = None
     macs: float | None = None
     certified_macs: float | None = None
+    attacked: bool = False
 
     def __post_init__(self) -> None:
         _require(not (self.at and self.count), "exits.at and exits.count are both given; give one of them")
@@ -93,6 +95,10 @@ class Exits:
         for name in ("macs", "certified_macs"):
             budget = getattr(self, name)
             _require(budget is None or budget > 0, f"exits.{name} is {budget}; allowed: above 0, or null")
+        _require(
+            not self.attacked or self.macs is not None,
+            "exits.attacked fits thresholds within exits.macs, which is null; give a budget",
+        )
 
 
 @dataclass

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from swiftsure.attacks import Objective, average, never, pgd, single
+from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.certificates import certifying, within_certified_macs
 from swiftsure.data import ImageSet
+from swiftsure.data.progress import progress
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, attach, calibrate
 from swiftsure.recipe import Exits
+
+STEPS = 40
+FITTED_TO = 1000
+"""Held-out images that thresholds are fitted to when they are attacked: K + 1 attacks on each."""
 
 
 def with_exits(net: nn.Module, choice: Exits, input_shape: Sequence[int]) -> nn.Module:
@@ -75,4 +82,43 @@ def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> P
         return policy
     # In the arithmetic that evaluation and certificates use.
     with certifying(net):
-        return calibrate(net, images, rule=choice.policy, macs=choice.macs)
+        if not choice.attacked:
+            return calibrate(net, images, rule=choice.policy, macs=choice.macs)
+        images = images.select(slice(0, FITTED_TO))
+        attacked = list(attacked_logits(net, images, ball).values())
+        return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
+
+
+def attacked_logits(net: nn.Module, images: ImageSet, ball: Ball, seed: int = 0) -> dict[str, list[Tensor]]:
+    """The logits of all exits, K of (n, classes) on the CPU, on the images of each attack, by the attack's name.
+
+    PGD on the loss of each exit and on the average over exits, made once for any thresholds: whatever they are, the
+    exit by which a sample leaves was attacked. An attack that knows the thresholds may break more.
+
+    Args:
+        net: in evaluation mode.
+        images: n of them.
+        ball: the threat model.
+        seed: of random starts.
+    """
+    exits = net.exits if isinstance(net, MultiExit) else 1
+    objectives: dict[str, Objective] = {f"pgd{STEPS}": single(-1)}
+    if exits > 1:
+        sides = {f"pgd{STEPS}_exit{number + 1}": single(number) for number in range(exits - 1)}
+        objectives = {**sides, f"pgd{STEPS}_main": single(-1), f"pgd{STEPS}_average": average()}
+    device = next(iter(net.parameters()), torch.empty(0)).device
+    found: dict[str, list[Tensor]] = {}
+    with progress("attacking every exit", len(images) * len(objectives)) as advance:
+        for number, (name, objective) in enumerate(objectives.items()):
+            generator = torch.Generator().manual_seed(seed * 1_000 + number)
+            parts = []
+            for start in range(0, len(images), 250):
+                x, y = images.batch(slice(start, start + 250), device)
+                x_adv = pgd(
+                    net, x, y, ball, objective=objective, judge=never, steps=STEPS, generator=generator
+                )
+                with torch.no_grad():
+                    parts.append([z.cpu() for z in as_exits(net(x_adv))])
+                advance(len(x))
+            found[name] = [torch.cat(exit) for exit in zip(*parts, strict=True)]
+    return found

@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 import swiftsure.files as files
-from swiftsure.attacks import Objective, average, never, pgd, single
-from swiftsure.attacks.objectives import as_exits
 from swiftsure.certificates import certifying
-from swiftsure.data.progress import progress
 from swiftsure.exits import MultiExit, Policy, all_logits, exit_macs, in_shares
 from swiftsure.models.storage import WEIGHTS
 from swiftsure.run import SWEEP as NAME
+from swiftsure.run_exits import attacked_logits
 from swiftsure.subject import Subject
 
 ATTACKED = 500
 """Samples that are attacked, the first ones: K + 1 attacks on each."""
-STEPS = 40
 RATIOS = tuple(2.0**power for power in (-5, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 5))
 """Of the shares of samples at one exit and at the one before it; 1 is RDI-Nets' equal share."""
 
@@ -49,7 +46,9 @@ def sweep(subject: Subject) -> dict[str, Any]:
     rule = policy.rule if policy is not None else "entropy"
     with certifying(net):
         clean = all_logits(net, subject.images)
-        attacked = _attacked(subject)
+        attacked = attacked_logits(
+            net, subject.images.select(slice(0, ATTACKED)), subject.ball, subject.recipe.seed
+        )
         policies = [Policy(rule, ())]
         if len(clean) > 1:
             policies = policies_of(all_logits(net, subject.held_out), rule)
@@ -121,30 +120,6 @@ def shares(policy: Policy, logits: Sequence[Tensor]) -> list[float]:
     """The share of samples that leaves at each exit, given K logits (N, classes)."""
     exit = policy.exit_of(logits)
     return (exit.bincount(minlength=len(logits)).double() / len(exit)).tolist()
-
-
-def _attacked(subject: Subject) -> dict[str, list[Tensor]]:
-    """The logits of all exits on the images of each attack, by its name; on the CPU."""
-    objectives: dict[str, Objective] = {f"pgd{STEPS}": single(-1)}
-    if subject.exits > 1:
-        sides = {f"pgd{STEPS}_exit{number + 1}": single(number) for number in range(subject.exits - 1)}
-        objectives = {**sides, f"pgd{STEPS}_main": single(-1), f"pgd{STEPS}_average": average()}
-    images = subject.images.select(slice(0, ATTACKED))
-    found: dict[str, list[Tensor]] = {}
-    with progress("sweep", len(images) * len(objectives)) as advance:
-        for number, (name, objective) in enumerate(objectives.items()):
-            generator = torch.Generator().manual_seed(subject.recipe.seed * 1_000 + number)
-            parts = []
-            for start in range(0, len(images), 250):
-                x, y = images.batch(slice(start, start + 250), subject.device)
-                x_adv = pgd(
-                    subject.net, x, y, subject.ball,
-                    objective=objective, judge=never, steps=STEPS, generator=generator,
-                )  # fmt: skip
-                parts.append([z.cpu() for z in as_exits(subject.net(x_adv))])
-                advance(len(x))
-            found[name] = [torch.cat(exit) for exit in zip(*parts, strict=True)]
-    return found
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ def calibrate(
     *,
     rule: str = "entropy",
     macs: float | None = None,
+    attacked: Sequence[Sequence[Tensor]] = (),
     batch: int = 500,
 ) -> Policy:
     """Fit thresholds on held-out images; the network is not changed: ``net.policy = calibrate(net, val)``.
@@ -35,6 +36,7 @@ def calibrate(
         rule: "entropy" (RDI-Nets) or "confidence".
         macs: the mean multiply-adds an image may cost, for the most accurate policy within them; None: so that
             equally many images leave at each exit.
+        attacked: as of `within_macs`; needs macs.
         batch: images at a time.
 
     Raises:
@@ -46,8 +48,10 @@ def calibrate(
     images = images if isinstance(images, ImageSet) else ImageSet.from_tensors(*images)
     logits = all_logits(net, images, batch)
     if macs is None:
+        if attacked:
+            raise InputError("attacked images fit thresholds within a budget; give macs as well")
         return equal_share(logits, rule)
-    return within_macs(logits, images.labels, net.macs(images.shape), macs, rule)
+    return within_macs(logits, images.labels, net.macs(images.shape), macs, rule, attacked)
 
 
 def all_logits(net: nn.Module, images: ImageSet, batch: int = 500) -> list[Tensor]:
@@ -102,7 +106,12 @@ def in_shares(logits: Sequence[Tensor], shares: Sequence[float], rule: str = "en
 
 
 def within_macs(
-    logits: Sequence[Tensor], y: Tensor, macs: Sequence[float], budget: float, rule: str = "entropy"
+    logits: Sequence[Tensor],
+    y: Tensor,
+    macs: Sequence[float],
+    budget: float,
+    rule: str = "entropy",
+    attacked: Sequence[Sequence[Tensor]] = (),
 ) -> Policy:
     """The thresholds of the highest accuracy whose mean cost is within a budget, as far as a search finds them.
 
@@ -116,9 +125,12 @@ def within_macs(
         macs: what a sample costs that leaves at each exit, K numbers that do not fall.
         budget: mean cost allowed.
         rule: a name of `RULES`.
+        attacked: for each of several attacks, K logits of the same samples under it. A sample then counts as right
+            where it is right on its clean image and on every attacked one; cost is that of clean images.
 
     Raises:
-        InputError: as `equal_share`; or a budget that is no number or below the first exit's cost.
+        InputError: as `equal_share`; attacked logits of other samples or exits; or a budget that is no number or
+            below the first exit's cost.
     """
     scores = _scores(logits, rule)
     if len(macs) != len(logits):
@@ -127,10 +139,16 @@ def within_macs(
         raise InputError(
             f"macs is {budget!r}; allowed: a number from {macs[0]:,} (all leave at the first exit) on"
         )
+    for number, seen in enumerate(attacked):
+        if [z.shape for z in seen] != [z.shape for z in logits]:
+            raise InputError(
+                f"attack {number} has logits of shapes {[tuple(z.shape) for z in seen]}; "
+                f"allowed: those of the clean images, {[tuple(z.shape) for z in logits]}"
+            )
     if len(logits) == 1:
         return Policy(rule, ())
-    right = torch.stack([z.argmax(1) == y.cpu() for z in logits])
-    search = _Search(scores, right, torch.tensor(macs, dtype=torch.float64), float(budget))
+    views = [(scores, _right(logits, y)), *((_scores(seen, rule), _right(seen, y)) for seen in attacked)]
+    search = _Search(views, torch.tensor(macs, dtype=torch.float64), float(budget))
     return _policy(rule, search.run().tolist())
 
 
@@ -138,16 +156,17 @@ class _Search:
     """Over thresholds on scores that leave when they are small.
 
     Args:
-        scores: (K - 1, N).
-        right: (K, N) bool, whether an exit's label is right.
+        views: of clean images, then of each attack: the scores of side exits, (K - 1, N), and whether each exit's
+            label is right, (K, N) bool.
         macs: (K,).
-        budget: mean cost allowed.
+        budget: mean cost allowed, of clean images.
     """
 
-    def __init__(self, scores: Tensor, right: Tensor, macs: Tensor, budget: float) -> None:
-        self.scores, self.right, self.macs, self.budget = scores, right, macs, budget
-        self.sides, self.samples = scores.shape
-        ordered = scores.sort(1).values
+    def __init__(self, views: Sequence[tuple[Tensor, Tensor]], macs: Tensor, budget: float) -> None:
+        self.views, self.macs, self.budget = views, macs, budget
+        self.scores = views[0][0]
+        self.sides, self.samples = self.scores.shape
+        ordered = self.scores.sort(1).values
         places = [round(share * self.samples) for share in _SHARES]
         # (K - 1, grid): from "nobody leaves" to "all do".
         self.grid = torch.tensor([[_behind(row, place) for place in places] for row in ordered])
@@ -209,17 +228,24 @@ class _Search:
 
     def _measured(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy and mean cost of policies (P, K - 1): (P,) each."""
-        inside = torch.ones(len(thresholds), self.samples, dtype=torch.bool)
-        accuracy = torch.zeros(len(thresholds), dtype=torch.float64)
-        cost = torch.zeros_like(accuracy)
-        for exit in range(self.sides + 1):
-            leaves = inside
-            if exit < self.sides:
-                leaves = inside & (self.scores[exit] < thresholds[:, exit, None])
-            accuracy += (leaves & self.right[exit]).sum(1)
-            cost += leaves.sum(1) * self.macs[exit]
-            inside = inside & ~leaves
-        return accuracy / self.samples, cost / self.samples
+        accurate = torch.ones(len(thresholds), self.samples, dtype=torch.bool)
+        cost = torch.zeros(len(thresholds), dtype=torch.float64)
+        for number, (scores, right) in enumerate(self.views):
+            inside = torch.ones_like(accurate)
+            for exit in range(self.sides + 1):
+                leaves = inside
+                if exit < self.sides:
+                    leaves = inside & (scores[exit] < thresholds[:, exit, None])
+                accurate &= ~leaves | right[exit]
+                if number == 0:
+                    cost += leaves.sum(1) * self.macs[exit]
+                inside = inside & ~leaves
+        return accurate.double().mean(1), cost / self.samples
+
+
+def _right(logits: Sequence[Tensor], y: Tensor) -> Tensor:
+    """Whether each exit's label is right: (K, N) bool."""
+    return torch.stack([z.argmax(1) == y.cpu() for z in logits])
 
 
 def _scores(logits: Sequence[Tensor], rule: str) -> Tensor:
