@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from small_exits import images, network, truth
 
 POLICIES = (Policy("entropy", [0.5, 0.5]), Policy("confidence", [0.9, 0.9]))
-COUNT, POINTS = 30, 31
+COUNT, POINTS = 40, 31
 
 
 @pytest.mark.parametrize("ball", [Ball(0.05), Ball(0.07, "2")], ids=lambda ball: ball.norm)
@@ -33,7 +33,7 @@ def test_a_grid_agrees(ball: Ball) -> None:
             assert not (found.leaves & ~claim.required).any()
             if method != "interval":
                 # What is missed: little, by tight bounds of two inputs.
-                assert int(claim.certified.sum()) >= 0.9 * int(found.safe.sum()) > 8
+                assert int(claim.certified.sum()) >= 0.8 * int(found.safe.sum()) > 8
 
 
 def test_a_grid_notices_a_walk_that_ignores_which_exit_fires(monkeypatch: pytest.MonkeyPatch) -> None:
