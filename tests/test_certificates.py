@@ -148,7 +148,7 @@ def test_auto_asks_a_technique_only_for_what_cheaper_ones_and_an_attack_leave(
         asked[names[bound]] += len(y)
         return real(bound, graph, region, y, upper=upper)
 
-    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", counting)
+    monkeypatch.setattr("swiftsure.certificates._proof.difference_bounds", counting)
     net, x, y = problem("proven")
     y = y.clone()
     y[:5] = (y[:5] + 1) % 10
@@ -297,7 +297,7 @@ def test_a_bound_that_is_no_number_proves_nothing(monkeypatch: pytest.MonkeyPatc
         lower = lower.scatter(1, y[:, None], 0.0)
         return [(lower, lower)]
 
-    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", found_bounds)
+    monkeypatch.setattr("swiftsure.certificates._proof.difference_bounds", found_bounds)
     right = (label(net, x) == y).nonzero()[:, 0]
     found = certify(net, x, y, BALLS[0], method="interval", delta=FLOOR, batch=len(x))
     spoilt = (torch.arange(len(right)) % 2 == 0) & (y[right] != 3)
@@ -311,7 +311,7 @@ def test_an_answer_that_is_no_number_is_never_certified(monkeypatch: pytest.Monk
     with torch.no_grad():
         net[-1].bias[2] = torch.nan
     ones = [(torch.ones(len(x), 10), torch.ones(len(x), 10))]
-    monkeypatch.setattr("swiftsure.certificates._certify.difference_bounds", lambda *_, **__: ones)
+    monkeypatch.setattr("swiftsure.certificates._proof.difference_bounds", lambda *_, **__: ones)
     assert not certify(net, x, None, BALLS[0], delta=FLOOR).certified.any()
 
 

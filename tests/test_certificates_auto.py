@@ -12,7 +12,7 @@ from torch import Tensor
 from swiftsure import models
 from swiftsure.ball import Ball
 from swiftsure.bounds import TECHNIQUES, Graph, Kept, Region, alpha_crown, crown, difference_bounds, trace
-from swiftsure.certificates import FLOOR, Certificate, _certify, certify, recheck, write
+from swiftsure.certificates import FLOOR, Certificate, _proof, certify, recheck, write
 from swiftsure.certificates._certify import certify_by
 from swiftsure.exits import MultiExit, Policy
 from trained import held_out
@@ -50,7 +50,7 @@ def test_hardly_a_proof_is_lost_against_every_technique_on_every_sample_and_exit
 
 def test_a_dear_technique_bounds_one_exit_of_a_sample_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, int] = {}
-    real = _certify._Proof.add
+    real = _proof.Proof.add
 
     def counting(proof, name, part, ball, delta, exit=None):  # type: ignore[no-untyped-def]
         if name != "interval":
@@ -61,7 +61,7 @@ def test_a_dear_technique_bounds_one_exit_of_a_sample_at_a_time(monkeypatch: pyt
         asked[name] = asked.get(name, 0) + len(part)
         real(proof, name, part, ball, delta, exit)
 
-    monkeypatch.setattr(_certify._Proof, "add", counting)
+    monkeypatch.setattr(_proof.Proof, "add", counting)
     certify(net(), *images(), BALL, POLICY, delta=FLOOR)
     assert asked["crown-ibp"] > asked["symbolic"] >= asked["crown"] >= asked["alpha-crown"] > 0
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from swiftsure.attacks import SLOWDOWNS, average, force_gates, margin, max_average, pgd, run_slowdown
 from swiftsure.attacks.gates import deployed
 from swiftsure.ball import Ball
-from swiftsure.certificates import FLOOR, METHODS, Certificate, _certify, _walk, certify
+from swiftsure.certificates import FLOOR, METHODS, Certificate, _proof, _walk, certify
 from swiftsure.exits import MultiExit, Policy
 from swiftsure.exits.multi_exit import Answer
 from trained import BALLS, held_out
@@ -172,5 +172,5 @@ def test_planted_mistakes_are_caught(
     if mistake is rival_without_the_label:
         monkeypatch.setattr(_walk, "rival_boxes", mistake)
     else:
-        monkeypatch.setattr(_certify, "walk", mistake)
+        monkeypatch.setattr(_proof, "walk", mistake)
     assert getattr(broken(problem, problem.certificates(["crown-ibp"])), promise).any()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swiftsure.ball import Ball
-from swiftsure.certificates import FLOOR, _certify, certify
+from swiftsure.certificates import FLOOR, _proof, certify
 from swiftsure.exits import Policy
 from unsound_walks import only_the_last_exit
 
@@ -41,6 +41,6 @@ def test_a_grid_notices_a_walk_that_ignores_which_exit_fires(monkeypatch: pytest
     ball, policy = Ball(0.05), Policy("entropy", [0.9, 0.9])
     found = truth(net, x, y, ball, policy, POINTS)
     assert not (certify(net, x, y, ball, policy, "crown", delta=FLOOR).certified & ~found.safe).any()
-    monkeypatch.setattr(_certify, "walk", only_the_last_exit)
+    monkeypatch.setattr(_proof, "walk", only_the_last_exit)
     wrong = certify(net, x, y, ball, policy, "crown", delta=FLOOR).certified & ~found.safe
     assert torch.count_nonzero(wrong) > 0

@@ -26,9 +26,9 @@ from swiftsure.bounds import (
     technique,
     trace,
 )
-from swiftsure.certificates._certify import SampleSlopes
 from swiftsure.certificates._plain_network import PlainNetwork, Unreadable, read_plainly
 from swiftsure.certificates._plain_walk import _entropy_at_least, _highest_entropy, walk_plainly
+from swiftsure.certificates._proof import SampleSlopes
 from swiftsure.certificates._provers import PlainProver
 from swiftsure.certificates._walk import walk
 from swiftsure.exits import MultiExit, Policy, attach, exit_macs

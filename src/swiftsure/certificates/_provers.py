@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.bounds import Region, difference_bounds, technique, trace
-from swiftsure.certificates._certify import SampleSlopes
 from swiftsure.certificates._plain_bounds import Box, PlainBounds, Slopes
 from swiftsure.certificates._plain_network import Array, PlainNetwork
 from swiftsure.certificates._precision import certifying
+from swiftsure.certificates._proof import SampleSlopes
 from swiftsure.exits import exit_macs
 
 LEVELS = 255

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure import files
-from swiftsure.certificates._certify import UNPROVEN, Certificate, _techniques
+from swiftsure.certificates._certify import Certificate, _techniques
 from swiftsure.certificates._plain_bounds import Box
 from swiftsure.certificates._plain_network import Unreadable, read_plainly
 from swiftsure.certificates._plain_walk import Walked, answer_plainly, exit_plainly, walk_plainly
+from swiftsure.certificates._proof import UNPROVEN
 from swiftsure.certificates._provers import DoubleProver, PlainProver, Prover, SampleBounds
 from swiftsure.certificates._storage import NAME, CertificateFile, image_sha256, policy_sha256, read
 from swiftsure.data import ImageSet

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swiftsure.bounds import Slopes
-from swiftsure.certificates._certify import SampleSlopes
+from swiftsure.certificates._proof import SampleSlopes
 
 SLOPES_NAME = "certificates.safetensors"
 FORMAT = "swiftsure-slopes"

@@ -21,7 +21,8 @@ import torch
 
 from swiftsure import files
 from swiftsure.ball import Ball
-from swiftsure.certificates._certify import METHODS, UNPROVEN, Certificate, SampleSlopes
+from swiftsure.certificates._certify import METHODS, Certificate
+from swiftsure.certificates._proof import UNPROVEN, SampleSlopes
 from swiftsure.certificates._slopes import SLOPES_NAME, DamagedSlopes, packed, unpacked
 from swiftsure.data import ImageSet
 from swiftsure.errors import InputError
