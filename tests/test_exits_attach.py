@@ -335,3 +335,11 @@ def test_modes_are_kept() -> None:
     assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
     assert not attach(backbone().eval(), {"first.0": "linear"}, images(1)).training
     assert set(vars(trunk)) == set(vars(backbone()))
+
+
+def test_a_network_of_one_exit_is_a_backbone_like_any() -> None:
+    static = ss.models.build("rdi_smallcnn_static").eval()
+    x = torch.rand(3, 1, 28, 28)
+    net = ss.attach(static, {"stages.0.0": "pooled"}, x).eval()
+    assert net.exits == 2
+    assert torch.equal(net(x)[-1], static(x))

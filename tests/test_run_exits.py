@@ -20,6 +20,7 @@ from swiftsure.cli import main
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy
 from swiftsure.prediction import predict
+from swiftsure.recipe import Exits, Loss, Schedule
 
 PLAIN = (
     *("loss.proven=false", "loss.attacked=0.5", "loss.attack.steps=3"),
@@ -271,6 +272,53 @@ def test_a_start_from_the_weights_of_the_backbone(tmp_path: Path) -> None:
     third = small_run.train(tmp_path / "third", *PLAIN, f"model.warm_start={second}", *warm[1:])
     for name, value in after.state_dict().items():
         torch.testing.assert_close(network(third).state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    "loss", [PLAIN, ("schedule.ramp=0", "loss.mixing.controller=constant")], ids=["attacked", "proven"]
+)
+def test_exits_on_a_network_that_stays_as_it_is(loss: tuple[str, ...], tmp_path: Path) -> None:
+    first = small_run.train(tmp_path / "first", *loss, "schedule.epochs=1")
+    choice = (
+        *loss,
+        f"model.warm_start={first}",
+        "exits.at={2: pooled}",
+        "exits.frozen=true",
+        "schedule.epochs=2",
+    )
+    second = small_run.train(tmp_path / "second", *choice)
+    net = network(second)
+    alone = ss.load(first)
+    x, _ = data.load("digits").test.batch(slice(0, 100))
+    with torch.no_grad():
+        _, last = net(x)
+        torch.testing.assert_close(last, alone(x), rtol=0, atol=0)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(net.backbone.state_dict()[name], value)
+    # The head has learned something, and weights may be trained again.
+    log = run.read_log(second)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(weight.requires_grad for weight in net.parameters())
+
+
+def test_the_statistics_of_a_frozen_network_stay() -> None:
+    parts = data.load("digits")
+    net = ss.attach(build(), {"2": "pooled"}, torch.zeros(2, 1, 8, 8))
+    before = {name: value.clone() for name, value in net.backbone.state_dict().items()}
+    ss.fit(
+        net, parts.train, parts.val, loss=Loss(proven=False), exits=Exits(at={"2": "pooled"}, frozen=True),
+        schedule=Schedule(epochs=1, ramp=0, steps=5),
+    )  # fmt: skip
+    for name, value in net.backbone.state_dict().items():
+        assert torch.equal(before[name], value), name
+
+
+def test_what_cannot_be_frozen() -> None:
+    parts = data.load("digits")
+    with pytest.raises(InputError, match=r"exits\.frozen trains attached heads alone; the network has none"):
+        ss.fit(build(), parts.train, parts.val, exits=Exits(count=2, frozen=True))
+    with pytest.raises(InputError, match=r"none are attached; give exits\.at or exits\.count"):
+        Exits(frozen=True)
 
 
 def test_a_killed_training_ends_the_same(tmp_path: Path) -> None:

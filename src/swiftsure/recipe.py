@@ -63,6 +63,8 @@ class Exits:
             equally many images at each exit.
         certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
             accuracy within them, by cheap bounds over the recipe's ball; null for one of the other two.
+        frozen: the network that exits are attached to stays as it is, as `model.warm_start` has it, in evaluation
+            mode: their heads alone are trained, and the last exit remains that network.
         attacked: with macs: the best accuracy is that on clean images and under PGD on each exit and on their average.
     """
 
@@ -72,12 +74,17 @@ class Exits:
     thresholds: list[float] | None = None
     macs: float | None = None
     certified_macs: float | None = None
+    frozen: bool = False
     attacked: bool = False
 
     def __post_init__(self) -> None:
         _require(not (self.at and self.count), "exits.at and exits.count are both given; give one of them")
         _require(
             self.count is None or self.count >= 1, f"exits.count is {self.count}; allowed: 1 or more, or null"
+        )
+        _require(
+            not self.frozen or bool(self.at) or self.count is not None,
+            "exits.frozen trains attached heads alone, and none are attached; give exits.at or exits.count",
         )
         ways = [name for name in ("thresholds", "macs", "certified_macs") if getattr(self, name) is not None]
         _require(

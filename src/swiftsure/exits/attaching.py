@@ -54,7 +54,7 @@ def attach(
         >>> net = attach(backbone, {"layer1": "linear", "layer2": my_head}, example=x)
         >>> net = attach(backbone, exits=6, example=x)
     """
-    if isinstance(backbone, MultiExit):
+    if isinstance(backbone, MultiExit) and backbone.exits > 1:
         raise InputError(f"the backbone has {backbone.exits} exits already; allowed: a network of one output")
     config = getattr(backbone, "config", None)
     config = dict(config) if isinstance(config, dict) else {}

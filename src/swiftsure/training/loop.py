@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from swiftsure.bounds import class_count, trace
 from swiftsure.data import ImageSet, check_batch
 from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
-from swiftsure.exits import Policy
+from swiftsure.exits import MultiExit, Policy
 from swiftsure.modes import evaluating
 from swiftsure.recipe import Exits, Loss, Optimizer, Schedule
 from swiftsure.training import state as states
@@ -102,11 +103,12 @@ def fit(
         raise InputError(f"training images have shape {batches.shape}, validation images {held_out.shape}")
 
     leaving = _leaving(loss, exits, count)
+    trunk = _frozen(net, exits)
     half = loss.attacked > 0 and loss.attack.precision != "float32"
     if half:
         # The layout in which half precision is fast; the arithmetic is the same but for the order of sums.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    descent = _build(optimizer, net)
+    descent = _build(optimizer, net, trunk)
     mixing = controller(loss.mixing, schedule)
     settings = json.dumps(
         [asdict(part) for part in (loss, optimizer, schedule, exits or Exits())]
@@ -120,6 +122,7 @@ def fit(
     epochs = epochs_of(schedule, batches.steps)
     with (
         Meter(epochs, batches.steps, done.epoch, progress) as meter,
+        _without_gradients(trunk),
         torch.random.fork_rng(devices=[]),
     ):
         for epoch in range(done.epoch + 1, epochs + 1):
@@ -132,6 +135,8 @@ def fit(
             # Early epochs, far from any proof, need no tight bound.
             mix = replace(loss, interval_share=1.0) if epoch <= loss.tight_from else loss
             net.train()
+            if trunk is not None:
+                trunk.eval()
             total = torch.zeros((), device=device)
             varied = schedule.augment_until is None or epoch <= schedule.augment_until
             make_adversarial = adversary(loss.attack, ball, count, draws)
@@ -212,6 +217,35 @@ def _leaving(loss: Loss, exits: Exits | None, count: int) -> Leaving | None:
     return Leaving(loss.leaving, exits.policy, exits.thresholds)
 
 
+def _frozen(net: nn.Module, exits: Exits | None) -> nn.Module | None:
+    """The network that exits are attached to, where it is to stay as it is.
+
+    Raises:
+        InputError: nothing is attached.
+    """
+    if exits is None or not exits.frozen:
+        return None
+    trunk = getattr(net, "backbone", None)
+    if not isinstance(net, MultiExit) or not isinstance(trunk, nn.Module):
+        raise InputError(
+            "exits.frozen trains attached heads alone; the network has none (see swiftsure.attach)"
+        )
+    return trunk
+
+
+@contextlib.contextmanager
+def _without_gradients(trunk: nn.Module | None) -> Iterator[None]:
+    """Inside the block nothing is computed for the weights of a frozen part."""
+    weights = [] if trunk is None else [weight for weight in trunk.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
 def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.device) -> tuple[int, int]:
     """Find out before the first epoch, not after it, that data, network and loss do not go together.
 
@@ -240,9 +274,11 @@ def _check_fit(net: nn.Module, images: ImageSet, loss: Loss, device: torch.devic
     return classes, len(logits)
 
 
-def _build(optimizer: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+def _build(optimizer: Optimizer, net: nn.Module, frozen: nn.Module | None) -> torch.optim.Optimizer:
+    fixed = set() if frozen is None else set(frozen.parameters())
+    weights = [weight for weight in net.parameters() if weight not in fixed]
     if optimizer.name == "adam":
-        return torch.optim.Adam(net.parameters(), optimizer.rate, weight_decay=optimizer.weight_decay)
+        return torch.optim.Adam(weights, optimizer.rate, weight_decay=optimizer.weight_decay)
     return torch.optim.SGD(
-        net.parameters(), optimizer.rate, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+        weights, optimizer.rate, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
     )
