@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,9 +338,14 @@ def test_modes_are_kept() -> None:
     assert set(vars(trunk)) == set(vars(backbone()))
 
 
-def test_a_network_of_one_exit_is_a_backbone_like_any() -> None:
+def test_a_network_of_one_exit_is_a_backbone_like_any(tmp_path: Path) -> None:
     static = ss.models.build("rdi_smallcnn_static").eval()
     x = torch.rand(3, 1, 28, 28)
     net = ss.attach(static, {"stages.0.0": "pooled"}, x).eval()
     assert net.exits == 2
     assert torch.equal(net(x)[-1], static(x))
+    ss.models.save(net, tmp_path)
+    again = ss.load(tmp_path)
+    for known, found in zip(net(x), again(x), strict=True):
+        assert torch.equal(known, found)
+    assert torch.equal(ss.load(tmp_path, model=ss.models.build("rdi_smallcnn_static"))(x)[0], net(x)[0])
