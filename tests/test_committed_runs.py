@@ -43,7 +43,8 @@ def test_its_certificates_are_what_its_results_say(folder: Path) -> None:
 def test_its_first_certificates_are_proven_again(folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = recipe_file.read(folder / RECIPE)
-    images = data.load(recipe.data.name, None, recipe.seed).test
+    file = certificates.read(folder)
+    images = data.load(recipe.data.name, None, recipe.seed).test.select(slice(0, len(file.certificate)))
     again = certificates.recheck(models.load(folder), folder, images, limit=10)
     assert again.n == 10
-    assert again.certified == int(certificates.read(folder).certificate.certified[:10].sum())
+    assert again.certified == int(file.certificate.certified[:10].sum())
