@@ -102,6 +102,13 @@ def test_many_classes_against_a_descent_over_vertices(classes: int) -> None:
         assert float(least) == pytest.approx(best, abs=1e-6)
 
 
+def test_thresholds_are_not_rounded_to_float32() -> None:
+    lower, upper = boxes(20, 4, 1.0, 7)
+    for a, b, least in zip(lower, upper, ranges.lowest_entropy(lower, upper).tolist(), strict=True):
+        threshold = least * (1 - 1e-10)
+        assert ranges.lowest_entropy(a, b, threshold) >= threshold
+
+
 def test_wide_and_narrow_boxes() -> None:
     wide = (
         torch.tensor([[-1e4, -1e4, -5.0], [1e4, -1e4, -5.0]]),

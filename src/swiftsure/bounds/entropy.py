@@ -168,7 +168,7 @@ def lowest_entropy(lower: Tensor, upper: Tensor, threshold: float | Tensor | Non
         low, high = _box(lower, upper)
         if threshold is None:
             return _lowest_entropy(low, high, None)
-        limit = torch.as_tensor(threshold, device=low.device).to(low.dtype).expand(low.shape[:-1])
+        limit = torch.as_tensor(threshold, dtype=low.dtype, device=low.device).expand(low.shape[:-1])
         # Most boxes that reach below a threshold do so where one class is at its upper end and all others are low.
         open_ = ~((_one_up(low, high) < limit) & (low <= high).all(-1))
         if open_.all():
