@@ -113,6 +113,7 @@ def test_the_kept_epoch_is_at_the_full_radius_and_above_the_floor():
     assert chosen_epoch(records, Loss(), Schedule(clean_floor=0.95)) == 2
     assert chosen_epoch(records, Loss(), Schedule(clean_floor=0.999)) == 1
     assert chosen_epoch(records, Loss(), Schedule(choose="clean")) == 3
+    assert chosen_epoch(records, Loss(), Schedule(choose="last")) == len(records) - 1
 
 
 @pytest.mark.parametrize(

@@ -320,7 +320,8 @@ class Schedule:
         check_steps: PGD steps of the attacked figure.
         check_method: technique of the verified figure; auto: intervals, and symbolic where they fail.
         choose: the figure by which the kept epoch is chosen on the validation split; auto: verified with a proven
-            term, attacked with an attacked one, else clean. Only epochs at the full radius count.
+            term, attacked with an attacked one, else clean. Only epochs at the full radius count. last: the last epoch,
+            where the rate falls to 0 and the figures of so few images are noise.
         clean_floor: epochs with a lower clean accuracy on the validation split are kept only if there is no other.
     """
 
@@ -335,7 +336,7 @@ class Schedule:
     check_images: int = 500
     check_steps: int = 10
     check_method: Literal["auto", "interval", "crown-ibp", "symbolic", "crown"] = "auto"
-    choose: Literal["auto", "clean", "attacked", "verified"] = "auto"
+    choose: Literal["auto", "clean", "attacked", "verified", "last"] = "auto"
     clean_floor: float = 0.0
 
     def __post_init__(self) -> None:

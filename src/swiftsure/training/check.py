@@ -123,6 +123,8 @@ def chosen_epoch(records: list[dict[str, Any]], loss: Loss, schedule: Schedule) 
         schedule: choose and clean_floor.
     """
     name = schedule.choose
+    if name == "last":
+        return len(records) - 1
     if name == "auto":
         name = "verified" if loss.proven else "attacked" if loss.attacked > 0 else "clean"
     key = {"clean": "clean_accuracy", "attacked": "robust_accuracy", "verified": "verified_accuracy"}[name]
