@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swiftsure.ball import Ball, parse_eps
+from swiftsure.ball import LARGEST, Ball, parse_eps
 from swiftsure.errors import InputError
 
 NORMS = ("inf", "2", "1")
@@ -54,6 +54,7 @@ def test_eps_is_read(text, value):
         math.nan,
         math.inf,
         "1e400",
+        1e300,
         "1e999999999",
         "9" * 400 + "/1",
         None,
@@ -167,3 +168,12 @@ def test_rounding_of_many_pixels_stays_inside_a_small_l1_ball():
     points = ball.project(x + 0.125, x)
     assert ball.contains(points, x).all()
     assert (points > x).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_largest_radius_clips_nothing(norm):
+    x, far = images(0, 2, 1, 3, 3), images(1, 2, 1, 3, 3)
+    ball = Ball(LARGEST, norm)
+    torch.testing.assert_close(ball.project(far, x), far, rtol=0, atol=1e-6)
+    assert ball.contains(ball.sample(x), x).all()
+    assert ball.contains(ball.maximiser(x, far - x), x).all()

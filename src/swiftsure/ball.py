@@ -12,13 +12,15 @@ from torch import Tensor
 from swiftsure.errors import InputError
 
 NORMS = ("inf", "2", "1")
+LARGEST = 1e15
+"""Of a radius: far beyond all images, and its square is a number in float32."""
 
 
 def parse_eps(value: float | str) -> float:
     """Read a radius in pixel units, written as a number or a fraction such as ``"8/255"`` or ``"1.785/255"``.
 
     Raises:
-        InputError: it is not a finite number >= 0.
+        InputError: it is not a number from 0 to `LARGEST`.
     """
     try:
         above, *below = value.split("/") if isinstance(value, str) else (value,)
@@ -26,9 +28,9 @@ def parse_eps(value: float | str) -> float:
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):
         allowed = "a number >= 0 such as 0.1, or a fraction such as '8/255'"
         raise InputError(f"eps is {value!r}; allowed: {allowed}") from None
-    if not math.isfinite(eps) or eps < 0:
+    if not 0 <= eps <= LARGEST:
         raise InputError(
-            f"eps is {value!r}; allowed: a finite number >= 0, in pixel units (pixels lie in [0, 1])"
+            f"eps is {value!r}; allowed: a finite number >= 0, up to {LARGEST:g}, in pixel units (pixels lie in [0, 1])"
         )
     return eps
 
