@@ -90,3 +90,8 @@ def test_a_certified_budget_is_fitted_to_held_out_images(
     found = calibration.calibrate_run(folder, certified_macs=1e9, device="cpu")
     assert seen == [data.load("digits").calibration.sha256()]
     assert found.n == len(data.load("digits").calibration)
+
+
+def test_one_exit_has_nothing_to_leave_by() -> None:
+    bounds = (torch.rand(3, 4), torch.rand(3, 4) + 1)
+    assert leaving_loss([bounds], torch.tensor([0, 1, 2]), Leaving(1.0, "entropy", [])) == 0

@@ -60,4 +60,6 @@ def leaving_loss(bounds: Sequence[tuple[Tensor, Tensor]], y: Tensor, leaving: Le
             if chosen.any():
                 score = at(-upper[chosen], -lower[chosen])
                 parts.append((side * (score - threshold)).clamp_min(0).sum() / len(y))
+    if not parts:
+        return bounds[0][0].new_zeros(())
     return torch.stack(parts).sum().to(bounds[0][0].dtype)
