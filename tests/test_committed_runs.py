@@ -44,6 +44,8 @@ def test_its_first_certificates_are_proven_again(folder: Path) -> None:
     torch.set_num_threads(1)
     recipe = recipe_file.read(folder / RECIPE)
     file = certificates.read(folder)
+    if not file.certificate.certified[:10].any():
+        pytest.skip("nothing of the first ten is certified")
     images = data.load(recipe.data.name, None, recipe.seed).test.select(slice(0, len(file.certificate)))
     again = certificates.recheck(models.load(folder), folder, images, limit=10)
     assert again.n == 10

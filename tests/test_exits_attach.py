@@ -349,3 +349,23 @@ def test_a_network_of_one_exit_is_a_backbone_like_any(tmp_path: Path) -> None:
     for known, found in zip(net(x), again(x), strict=True):
         assert torch.equal(known, found)
     assert torch.equal(ss.load(tmp_path, model=ss.models.build("rdi_smallcnn_static"))(x)[0], net(x)[0])
+
+
+def test_one_exit_attached_to_a_network_of_one_exit(tmp_path: Path) -> None:
+    static = ss.models.build("rdi_smallcnn_static").eval()
+    x = torch.rand(3, 1, 28, 28)
+    one = ss.attach(static, 1)
+    ss.models.save(one, tmp_path)
+    passed = (
+        None,
+        ss.models.build("rdi_smallcnn_static"),
+        ss.attach(ss.models.build("rdi_smallcnn_static"), 1),
+    )
+    for model in passed:
+        assert torch.equal(ss.load(tmp_path, model=model)(x), static(x))
+    # Exits on it are exits on what it was attached to, and are found again.
+    two = ss.attach(one, {"stages.0.0": "linear"}).eval()
+    assert two.backbone is static
+    ss.models.save(two, tmp_path)
+    for known, found in zip(two(x), ss.load(tmp_path)(x), strict=True):
+        assert torch.equal(known, found)

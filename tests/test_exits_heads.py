@@ -116,3 +116,22 @@ def test_a_linear_head_on_tokens_reads_their_mean() -> None:
     head = build_head({"kind": "linear"}, (4, 3), 2)
     x = torch.rand(5, 4, 3)
     torch.testing.assert_close(head(x), head[1](x.mean(1)))
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"kind": "conv", "width": -3}, "width is -3"),
+        ({"kind": "conv", "width": 0}, "width is 0"),
+        ({"kind": "conv", "side": 0}, "side is 0"),
+        ({"kind": "pooled", "grid": 0}, "grid is 0"),
+        ({"kind": "pooled", "grid": 2.0}, "grid is 2.0"),
+    ],
+)
+def test_sizes_that_cannot_be(head: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=f"head .* cannot be built .* {said}; allowed: an integer >= 1"):
+        ss.attach(
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
+            {"0": head},
+            torch.rand(1, 1, 8, 8),
+        )

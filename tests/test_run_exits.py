@@ -319,10 +319,33 @@ def test_what_cannot_be_frozen() -> None:
         ss.fit(build(), parts.train, parts.val, exits=Exits(count=2, frozen=True))
     with pytest.raises(InputError, match=r"none are attached; give exits\.at or exits\.count"):
         Exits(frozen=True)
+    alone = ss.attach(build(), 1, torch.zeros(2, 1, 8, 8))
+    with pytest.raises(InputError, match=r"exits\.frozen .* those of 1 exits have no weights"):
+        ss.fit(alone, parts.train, parts.val, exits=Exits(count=1, frozen=True))
 
 
-def test_a_killed_training_ends_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ((), r"exits\.frozen keeps a network as it is, and model\.warm_start is null"),
+        (
+            ("model.warm_start=elsewhere",),
+            r"model\.warm_start: elsewhere/model\.safetensors does not exist \(the path is relative to /",
+        ),
+    ],
+)
+def test_a_frozen_network_is_a_trained_one(setting: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        small_run.train(tmp_path / "run", *PLAIN, "exits.count=2", "exits.frozen=true", *setting)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_killed_training_ends_the_same(frozen: bool, tmp_path: Path) -> None:
     choice = (*PLAIN, "exits.count=3", "schedule.epochs=3")
+    if frozen:
+        first = small_run.train(tmp_path / "first", *PLAIN, "schedule.epochs=1")
+        choice = (*choice, f"model.warm_start={first}", "exits.frozen=true", "schedule.choose=last")
     straight = small_run.train(tmp_path / "straight", *choice)
 
     class Killed(BaseException):
