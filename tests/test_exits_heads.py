@@ -130,7 +130,7 @@ def test_a_linear_head_on_tokens_reads_their_mean() -> None:
 )
 def test_sizes_that_cannot_be(head: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=f"head .* cannot be built .* {said}; allowed: an integer >= 1"):
-        ss.attach(
+        attach(
             nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
             {"0": head},
             torch.rand(1, 1, 8, 8),

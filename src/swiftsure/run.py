@@ -98,8 +98,8 @@ def train(
         model: "package.module:function", a builder to use in place of a registered name.
 
     Raises:
-        InputError: a folder with something in it, another recipe to resume with, unusable data, network, device
-            or folder.
+        InputError: a folder with something in it, another recipe to resume with, a frozen network of random weights,
+            unusable data, network, device or folder.
     """
     folder = Path(folder)
     if model is not None:
@@ -109,6 +109,11 @@ def train(
     elif (folder / results.NAME).exists() and (folder / WEIGHTS).exists():
         shutil.rmtree(folder / STATE, ignore_errors=True)
         return Trained(folder, _history(read_log(folder)), finished_before=True)
+    if recipe.exits.frozen and recipe.model.warm_start is None and model is None:
+        raise InputError(
+            "exits.frozen keeps a network as it is, and model.warm_start is null: that would be random weights; "
+            "allowed: a run or saved network to start from"
+        )
     where = pick_device(device)
     parts = data.load(recipe.data.name, data_root, recipe.seed)
     torch.manual_seed(recipe.seed)
@@ -121,7 +126,12 @@ def train(
     net = run_exits.with_exits(net, recipe.exits, parts.train.shape)
     # A run that was killed before its first epoch was kept starts again from the beginning.
     if recipe.model.warm_start is not None and not (resume and (folder / STATE / STATE_FILE).exists()):
-        _warm_start(net, Path(recipe.model.warm_start) / WEIGHTS)
+        source = Path(recipe.model.warm_start)
+        try:
+            _warm_start(net, source / WEIGHTS)
+        except InputError as error:
+            place = "" if source.is_absolute() else f" (the path is relative to {Path.cwd()})"
+            raise InputError(f"model.warm_start: {error}{place}") from None
     undo = _write_first(folder, recipe)
 
     def keep_log(records: list[dict[str, Any]]) -> None:

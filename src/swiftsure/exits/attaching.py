@@ -56,6 +56,10 @@ def attach(
     """
     if isinstance(backbone, MultiExit) and backbone.exits > 1:
         raise InputError(f"the backbone has {backbone.exits} exits already; allowed: a network of one output")
+    under = getattr(backbone, "backbone", None)
+    if isinstance(backbone, MultiExit) and isinstance(under, nn.Module):
+        # One exit, attached: the backbone under it is the same network, and the one that a config can name.
+        backbone = under
     config = getattr(backbone, "config", None)
     config = dict(config) if isinstance(config, dict) else {}
     example = _example(backbone, config, example)

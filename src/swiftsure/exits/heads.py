@@ -139,6 +139,7 @@ def linear(shape: Sequence[int], classes: int, channels_last: bool = False) -> n
 @register_head("pooled")
 def pooled(shape: Sequence[int], classes: int, grid: int = 4, channels_last: bool = False) -> nn.Module:
     """Average pooling of a map to at most grid x grid, then a linear layer on all of it."""
+    _require_sizes(grid=grid)
     return nn.Sequential(*_pooled(*_map(shape, channels_last), classes, grid))
 
 
@@ -152,12 +153,19 @@ def conv(
     side: int = CONV_GRID,
 ) -> nn.Module:
     """Average pooling to at most side x side, a 3x3 convolution to `width` channels, ReLU, then as "pooled"."""
+    _require_sizes(width=width, grid=grid, side=side)
     first, (channels, height, breadth) = _map(shape, channels_last)
     size = min(height, side), min(breadth, side)
     if size != (height, breadth):
         first = [*first, _averaged((height, breadth), size)]
     first = [*first, nn.Conv2d(channels, width, 3, 1, 1), nn.ReLU()]
     return nn.Sequential(*_pooled(first, (width, *size), classes, grid))
+
+
+def _require_sizes(**sizes: Any) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
 
 
 def _pooled(first: list[nn.Module], shape: tuple[int, int, int], classes: int, grid: int) -> list[nn.Module]:

@@ -122,8 +122,8 @@ def _rebuilt(folder: Path, description: Any, model: nn.Module | None) -> nn.Modu
             raise InputError(
                 f"{folder / CONFIG} contradicts the architecture {description['name']!r} it names"
             )
-    # A network of one exit may be what exits were attached to; one of several is the whole.
-    whole = isinstance(model, MultiExit) and (model.exits > 1 or not (described and description.get("exits")))
+    # A network of one exit may be what exits were attached to, unless `attach` made it; one of several is the whole.
+    whole = isinstance(model, MultiExit) and (model.exits > 1 or hasattr(model, "backbone"))
     if described and "exits" in description and not whole:
         try:
             return attach_again(model, description["exits"], description.get("input_shape"))

@@ -221,7 +221,7 @@ def _frozen(net: nn.Module, exits: Exits | None) -> nn.Module | None:
     """The network that exits are attached to, where it is to stay as it is.
 
     Raises:
-        InputError: nothing is attached.
+        InputError: nothing is attached, or nothing that has weights.
     """
     if exits is None or not exits.frozen:
         return None
@@ -229,6 +229,10 @@ def _frozen(net: nn.Module, exits: Exits | None) -> nn.Module | None:
     if not isinstance(net, MultiExit) or not isinstance(trunk, nn.Module):
         raise InputError(
             "exits.frozen trains attached heads alone; the network has none (see swiftsure.attach)"
+        )
+    if not any(True for _ in net.heads.parameters()):
+        raise InputError(
+            f"exits.frozen trains attached heads alone; those of {net.exits} exits have no weights"
         )
     return trunk
 
