@@ -1,7 +1,7 @@
 """The tables of docs/evaluation.md: networks of results/ before a suite of attacks, its guards and attacks on the cost.
 
     python benchmarks/evaluation.py [RUN ...] [--images 1000] [--suite full] [--guards 200] [--threads 1]
-        [--cpu-time]
+        [--cpu-time] [--device cpu]
 
 What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from swiftsure import run_attacks
+from swiftsure import run, run_attacks
 from swiftsure.attacks import SUITE_NAMES
 from swiftsure.errors import InputError
 from swiftsure.run_attacks import Attacked
@@ -97,21 +97,24 @@ def main() -> int:
     parser.add_argument(
         "--cpu-time", action="store_true", help="count this process's own seconds, beside other work"
     )
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
     for folder in options.runs or sorted(RESULTS.iterdir()):
         try:
-            subject = open_subject(folder, limit=options.images, device="cpu")
+            subject = open_subject(folder, limit=options.images, device=options.device)
             began = clock()
             attacked = run_attacks.attack(subject, options.suite, options.transfer, options.guards, clock)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         seconds = clock() - began
+        on_cpu = subject.device.type == "cpu"
+        where = f"{options.threads} thread(s)" if on_cpu else run.device_name(subject.device)
         print(
             f"### {folder.name}\n\nThe first {subject.n:,} test images, L{subject.ball.norm} eps "
-            f"{subject.ball.radius:g}, suite {options.suite}, {options.threads} thread(s), "
+            f"{subject.ball.radius:g}, suite {options.suite}, {where}, "
             f"{seconds:.0f} s{' of its own' if options.cpu_time else ''}.\n"
         )
         for part in (table(subject, attacked), guards(attacked), usage(subject, attacked)):

@@ -1,4 +1,4 @@
-"""Tests marked ``real_data("mnist")`` run where that set is found, and are skipped by its name elsewhere."""
+"""Tests marked ``real_data("mnist")`` run where that set is found, ``cuda`` where a GPU is; else they are skipped."""
 
 import os
 
@@ -14,6 +14,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if any(item.iter_markers("cuda")) and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     for marker in item.iter_markers("real_data"):
         # A misspelt name must not turn into a silent skip.
         unknown = set(marker.args) - set(data.names())

@@ -3,9 +3,10 @@
 from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
 from swiftsure.attacks._fgsm import fgsm
-from swiftsure.attacks._gradient import GradientReport
+from swiftsure.attacks._gradient import Gradient, GradientReport, input_gradient
 from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks._replay import Replayed, replayed
 from swiftsure.attacks._square import square
 from swiftsure.attacks._wrm import wrm, wrm_unprojected
 from swiftsure.attacks.forms import SUITE_NAMES, attacks_for
@@ -34,9 +35,11 @@ __all__ = [
     "SLOWDOWNS",
     "SUITES",
     "SUITE_NAMES",
+    "Gradient",
     "GradientReport",
     "Judge",
     "Objective",
+    "Replayed",
     "SlowdownResult",
     "SuiteResult",
     "TargetedObjective",
@@ -54,6 +57,7 @@ __all__ = [
     "fgsm",
     "force_gates",
     "gate_forcing",
+    "input_gradient",
     "interval_attack",
     "margin",
     "max_average",
@@ -62,6 +66,7 @@ __all__ = [
     "one_by_one",
     "pgd",
     "random_mix",
+    "replayed",
     "run_slowdown",
     "run_suite",
     "single",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,9 @@ from swiftsure.ball import Ball
 from swiftsure.data import check_batch
 from swiftsure.errors import InputError
 from swiftsure.modes import evaluating
+
+Gradient = Callable[[nn.Module, Tensor, Tensor, Objective], Tensor]
+"""How a gradient is taken: (network, x, y, objective) -> shaped like x."""
 
 
 @dataclass

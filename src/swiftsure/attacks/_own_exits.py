@@ -9,16 +9,18 @@ from swiftsure.exits import MultiExit
 from swiftsure.exits.counting import as_state
 
 
-class _CutShort(nn.Module):
+class CutShort(nn.Module):
     """Shares the network's modules, and what is known of its images and classes."""
 
     def __init__(self, net: MultiExit) -> None:
         super().__init__()
         self.net = net
         self.config = getattr(net, "config", None)
+        self.part: tuple[str, int] = ("all", 0)
+        """What of the network runs: objects that are alike in it are the same function."""
 
 
-class UpTo(_CutShort):
+class UpTo(CutShort):
     """One exit of a network: images (B, C, H, W) to its logits (B, classes).
 
     Args:
@@ -29,6 +31,7 @@ class UpTo(_CutShort):
     def __init__(self, net: MultiExit, exit: int) -> None:
         super().__init__(net)
         self.exit = range(net.exits)[exit]
+        self.part = ("up to", self.exit)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the stages up to the exit, and its head alone."""
@@ -43,7 +46,7 @@ class RowsMissingError(Exception):
     """An attack asked `OwnExits` for some of its rows only; which exit those are for is not known."""
 
 
-class OwnExits(_CutShort):
+class OwnExits(CutShort):
     """K copies of a batch in one, copy i of which leaves at exit i: a stage runs once, for all that go on.
 
     Args:
@@ -59,6 +62,7 @@ class OwnExits(_CutShort):
     def __init__(self, net: MultiExit, size: int) -> None:
         super().__init__(net)
         self.size = size
+        self.part = ("own exits of", size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(K * B, C, H, W), copy after copy, to logits (K * B, classes).

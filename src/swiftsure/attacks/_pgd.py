@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._gradient import (
+    Gradient,
     GradientReport,
     GradientTally,
     assert_inside,
@@ -46,6 +47,7 @@ def pgd(
     random_start: bool = True,
     generator: torch.Generator | None = None,
     report: GradientReport | None = None,
+    gradient: Gradient = input_gradient,
 ) -> Tensor:
     """Ascend an objective from a random point of the ball, several times; keep the worst image per sample.
 
@@ -70,6 +72,7 @@ def pgd(
         random_start: True: every run starts at a random point of the ball. False: the first starts at x.
         generator: makes the starts reproducible; None draws from torch's global one.
         report: counts zero and non-finite gradients, if given.
+        gradient: how gradients are taken, such as `Replayed`.
 
     Returns:
         Adversarial images, shaped like x, inside the ball and the pixel range, outside any autograd graph.
@@ -89,7 +92,7 @@ def pgd(
     def run(number: int, x: Tensor, y: Tensor) -> Tensor:
         """One restart: start at x or at random, then ascend."""
         start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
-        return ascend(net, x, y, start, ball, objective, steps, step_size, tally)
+        return ascend(net, x, y, start, ball, objective, steps, step_size, tally, gradient)
 
     def judged(number: int, x: Tensor, y: Tensor) -> Found:
         """One restart, and a last look at where it ended."""
@@ -114,11 +117,12 @@ def ascend(
     steps: int,
     step_size: float,
     tally: GradientTally | None,
+    gradient: Gradient = input_gradient,
 ) -> Tensor:
     """The last iterate of one run from a start in the ball, as `pgd` describes it; all arguments are in order."""
     rule, x_adv = _RULES[ball.norm](ball, x, step_size), start
     for step in range(steps):
-        grad = input_gradient(net, x_adv, y, objective)
+        grad = gradient(net, x_adv, y, objective)
         if tally is not None:
             tally.add(grad)
         x_adv = rule(x_adv.detach(), grad, step / steps)

@@ -106,16 +106,22 @@ class ImageSet(Dataset[tuple[Tensor, Tensor]]):
         Returns:
             x, float32 (B, C, H, W) in [0, 1], and y, int64 (B,). Both are copies.
         """
-        if not isinstance(index, Tensor | slice):
-            index = torch.as_tensor(index, dtype=None if len(index) else torch.int64)
+        index = self._here(index)
         x, y = self.images[index], self.labels[index]
         return _as_float(x.to(device)), y.to(device, copy=True)
 
     def select(self, index: Index) -> ImageSet:
         """The set of some of the images, in the order of the index (see ``batch`` for what it may be)."""
-        if not isinstance(index, Tensor | slice):
-            index = torch.as_tensor(index, dtype=None if len(index) else torch.int64)
+        index = self._here(index)
         return ImageSet(self.name, self.images[index], self.labels[index], self.classes, self.subset)
+
+    def _here(self, index: Index) -> Tensor | slice:
+        """An index that these tensors can be asked by, wherever it was made."""
+        if isinstance(index, slice):
+            return index
+        if not isinstance(index, Tensor):
+            index = torch.as_tensor(index, dtype=None if len(index) else torch.int64)
+        return index.to(self.images.device)
 
     def sha256(self) -> str:
         """A digest of shape, type, pixels and labels in their order: equal sets, equal digests."""

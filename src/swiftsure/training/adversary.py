@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks import at_exit, average, cross_entropy, max_average, pgd, random_mix
+from swiftsure.attacks import (
+    Gradient,
+    at_exit,
+    average,
+    cross_entropy,
+    input_gradient,
+    max_average,
+    pgd,
+    random_mix,
+)
 from swiftsure.attacks.objectives import Logits
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
@@ -15,7 +24,13 @@ from swiftsure.recipe import FORMS, Attack
 from swiftsure.training.terms import AttackOnBatch
 
 
-def adversary(attack: Attack, ball: Ball, exits: int, draws: torch.Generator | None = None) -> AttackOnBatch:
+def adversary(
+    attack: Attack,
+    ball: Ball,
+    exits: int,
+    draws: torch.Generator | None = None,
+    gradient: Gradient = input_gradient,
+) -> AttackOnBatch:
     """The attack that a recipe names, on the batches of a network of K exits: (net, x, y, ball) -> x_adv.
 
     The ball of a call may be smaller than the full one, as while the radius grows; a stated step shrinks with it.
@@ -25,6 +40,8 @@ def adversary(attack: Attack, ball: Ball, exits: int, draws: torch.Generator | N
         ball: the full threat model, to which a stated step size belongs.
         exits: K.
         draws: makes starts and mixes reproducible.
+        gradient: how gradients are taken. What was recorded serves one objective: a mix, which is another one for each
+            batch, takes its own.
 
     Raises:
         InputError: the form names an exit that the network has not.
@@ -38,6 +55,7 @@ def adversary(attack: Attack, ball: Ball, exits: int, draws: torch.Generator | N
             "step_size": None,
             "random_start": attack.random_start,
             "generator": draws,
+            "gradient": gradient if attack.form != "mix" or exits == 1 else input_gradient,
         }
         if attack.step_size is not None and ball.radius > 0:
             options["step_size"] = float(attack.step_size) * min(1.0, here.radius / ball.radius)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swiftsure.attacks import replayed
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.bounds import class_count, trace
@@ -108,6 +109,7 @@ def fit(
     if half:
         # The layout in which half precision is fast; the arithmetic is the same but for the order of sums.
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    gradient = replayed(device)
     descent = _build(optimizer, net, trunk)
     mixing = controller(loss.mixing, schedule)
     settings = json.dumps(
@@ -139,7 +141,11 @@ def fit(
                 trunk.eval()
             total = torch.zeros((), device=device)
             varied = schedule.augment_until is None or epoch <= schedule.augment_until
-            make_adversarial = adversary(loss.attack, ball, count, draws)
+            # On a GPU starts are drawn there: drawn here they would take longer than a step of a small network.
+            starts = (
+                draws if device.type == "cpu" else torch.Generator(device).manual_seed(draws.initial_seed())
+            )
+            make_adversarial = adversary(loss.attack, ball, count, starts, gradient)
             steps = steps_of(schedule, epoch, batches.steps)
             for step, (x, y) in enumerate(islice(batches.epoch(draws), steps)):
                 if augment is not None and varied:
