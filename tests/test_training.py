@@ -144,6 +144,24 @@ def test_attack_and_bound_use_the_clean_batch_statistics_and_leave_them_alone():
     torch.testing.assert_close(layer.running_mean, running, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("proven", [False, True])
+def test_attacked_images_have_their_own_statistics_but_beside_a_proof(proven):
+    net = small(batch_norm=True).train()
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(10, (16,))
+
+    def shift(_net, x, y, ball):
+        return x + 0.2  # batch norm takes it away but at the padded border, if it may look
+
+    def value(**weights):
+        loss = Loss(clean=0.0, proven=proven, **weights)
+        return three_term_loss(net, x, y, Ball(0.3), loss, 0.0, attack=shift).item()
+
+    ours = value(attacked=1.0)
+    with torch.no_grad():
+        own = F.cross_entropy(net(x + 0.2), y).item()
+    assert (abs(ours - own) < 1e-5) is not proven
+
+
 def test_mixtrain_loss_in_a_loop_of_ones_own(digits):
     net = small()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)

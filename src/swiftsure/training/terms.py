@@ -102,6 +102,10 @@ def three_term_loss(
     With an interval share, that part of the weight goes to the worst case of all samples by intervals. Terms of weight
     0 are not computed. A ball of radius 0 leaves the clean term alone, with the weight of all three.
 
+    Batch norm takes the clean batch's statistics for the attack and the bound. Where there is a proven term the
+    attacked images pass with these too: both terms are then of one network. Without one they pass with their own: a
+    deep network hardly learns where it is normalised by what it does not move.
+
     Args:
         net: in training mode; returns logits or a tuple of them.
         x: images (batch, channels, height, width) in [0, 1]; y: labels (batch,).
@@ -131,7 +135,8 @@ def three_term_loss(
             if attacked > 0:
                 assert attack is not None
                 x_adv = attack(net, x, y, ball)
-                parts.append(attacked * classification_loss(net(x_adv), y, loss.weights))
+                if loss.proven:
+                    parts.append(attacked * classification_loss(net(x_adv), y, loss.weights))
             if bounded > 0 and loss.interval_share < 1:
                 chosen = draw(len(x), loss.k, generator)
                 tight = worst_case_loss(net, x[chosen], y[chosen], ball, loss.bound, leaving, loss.weights)
@@ -139,6 +144,8 @@ def three_term_loss(
             if bounded > 0 and loss.interval_share > 0:
                 cheap = worst_case_loss(net, x, y, ball, "interval", leaving, loss.weights)
                 parts.append(bounded * loss.interval_share * cheap)
+        if attacked > 0 and not loss.proven:
+            parts.append(attacked * classification_loss(net(x_adv), y, loss.weights))
     total = torch.stack(parts).sum()
     if loss.l1 > 0:
         total = total + loss.l1 * sum(p.abs().sum() for p in net.parameters() if p.dim() > 1)
