@@ -10,7 +10,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from attacked import NORMS, Counted, TwoExits, conv_net, generator, images, linear, optimum
-from swiftsure.attacks import GradientReport, average, cross_entropy, fgsm, margin, misclassified, pgd, single
+from swiftsure.attacks import (
+    GradientReport,
+    Replayed,
+    average,
+    cross_entropy,
+    fgsm,
+    input_gradient,
+    margin,
+    max_average,
+    misclassified,
+    pgd,
+    single,
+)
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
 from swiftsure.modes import evaluating
@@ -284,6 +296,25 @@ def test_bad_input_is_one_line(change, message):
     with pytest.raises(InputError, match=message) as error:
         pgd(net, **given)
     assert "\n" not in str(error.value)
+
+
+def test_gradients_may_be_taken_another_way():
+    net, x, y, ball = TwoExits(), images(0, 8, 1, 4, 4), torch.arange(8) % 3, Ball(0.2)
+    asked = []
+
+    def backwards(net, x, y, objective):
+        asked.append(len(x))
+        return -input_gradient(net, x, y, objective)
+
+    down = max_average(net, x, y, ball, steps=4, random_start=False, gradient=backwards)
+    assert asked == [8] * 8
+    plain, recorded = (
+        max_average(net, x, y, ball, steps=4, random_start=False, **how)
+        for how in ({}, {"gradient": Replayed()})
+    )
+    assert torch.equal(plain, recorded), "off the GPU nothing is recorded"
+    losses = [average()(net(image), y) for image in (down, x, plain)]
+    assert (losses[0] < losses[1]).all() and (losses[1] < losses[2]).all()
 
 
 def test_no_parameter_gradient_is_computed():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from swiftsure.attacks._gradient import Gradient, input_gradient
 from swiftsure.attacks._own_exits import CutShort
 from swiftsure.attacks.objectives import Objective
 
-_WARM_UPS = 3
+_WARM_UPS = 2
 """Passes before the capture, as torch asks for: libraries choose their algorithms in them."""
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -20,14 +22,15 @@ class Replayed:
 
     The first call for a part of a network (all of it, or up to an exit) and a size of batch records its operations;
     later ones run the record. One for each network, objective and precision: what is recorded keeps them. Weights may
-    change in place between calls, and batch norm's statistics in any way. Off the GPU it is `input_gradient` itself.
+    change in place between calls, and batch norm's statistics in any way. Off the GPU, and for networks whose passes
+    wait for numbers (``if x.max() > 1``), it is `input_gradient` itself.
 
     Example:
         >>> x_adv = pgd(net, x, y, ball, gradient=Replayed())
     """
 
     def __init__(self) -> None:
-        self._recorded: dict[tuple[object, ...], _Recorded] = {}
+        self._recorded: dict[tuple[object, ...], _Recorded | None] = {}
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Tensor:
         """As `input_gradient`; the result is overwritten by the next call."""
@@ -37,8 +40,26 @@ class Replayed:
         part = net.part if isinstance(net, CutShort) else None
         key = (part, tuple(x.shape))
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(net, x, y, objective)
-        return self._recorded[key](x, y)
+            waits = _waits(net, x, y, objective)
+            self._recorded[key] = None if waits else _Recorded(net, x, y, objective)
+        recorded = self._recorded[key]
+        return input_gradient(net, x, y, objective) if recorded is None else recorded(x, y)
+
+
+def _waits(net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> bool:
+    """Whether a pass waits for a number of the GPU: it cannot be captured then, and to try would spoil generators."""
+    input_gradient(net, x, y, objective)  # an error of the network itself is raised here
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype each time
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            input_gradient(net, x, y, objective)
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 class _Recorded:
