@@ -150,6 +150,8 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     try:
+        if options.epochs is not None and options.epochs < 1:
+            raise InputError(f"--epochs is {options.epochs}; allowed: 1 or more")
         if options.out.exists():
             raise InputError(f"{options.out} is there already; choose a new folder with --out")
         recipe = run.read_recipe(options.run)
@@ -160,7 +162,7 @@ def main() -> int:
         name = f"{recipe.name}_pruned_{static_macs(smaller) / 1e6:.3g}M"
         start = options.out.resolve() / START
         models.save(smaller, start)
-        epochs = options.epochs or math.ceil(recipe.schedule.epochs / 3)
+        epochs = math.ceil(recipe.schedule.epochs / 3) if options.epochs is None else options.epochs
         written = fine_tuning(recipe, smaller, start, name, epochs)
         (options.out / run.RECIPE).write_text(recipe_file.dump(written), encoding="utf-8")
     except InputError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swiftsure import models
 from swiftsure.errors import InputError
-from swiftsure.exits import latency_ms, parameters, static_macs
+from swiftsure.exits import attach, exit_macs, latency_ms, parameters, static_macs
 
 
 def conv(size: int, out: int, taps: int, into: int) -> int:
@@ -134,3 +134,26 @@ def test_bad_input_is_one_line() -> None:
         with pytest.raises(InputError) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_attention_counts_whatever_form_it_runs_in() -> None:
+    tokens, width, inside = 8, 16, 32
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, width)
+            self.layer = nn.TransformerEncoderLayer(width, 2, inside, batch_first=True)
+            self.last = nn.Linear(width, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(self.embed(x[:, 0])).mean(1))
+
+    projections = tokens * width * 4 * width + 2 * tokens * width * inside
+    products = 2 * tokens * tokens * width  # scores, and the weighted sum of values
+    by_hand = tokens * 8 * width + projections + products + width * 10
+    net = Tokens().eval()
+    assert static_macs(net, (1, 8, 8)) == by_hand
+    exits = exit_macs(attach(net, {"embed": "linear"}, torch.zeros(1, 1, 8, 8)))
+    assert exits == [tokens * 8 * width + width * 10, by_hand + width * 10]
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -369,3 +369,57 @@ def test_one_exit_attached_to_a_network_of_one_exit(tmp_path: Path) -> None:
     ss.models.save(two, tmp_path)
     for known, found in zip(two(x), ss.load(tmp_path)(x), strict=True):
         assert torch.equal(known, found)
+
+
+def test_dropout_in_place_spoils_neither_trunk_nor_gradient() -> None:
+    class Trunk(nn.Module):
+        def __init__(self, *between: nn.Module) -> None:
+            super().__init__()
+            self.a = nn.Sequential(nn.Flatten(), nn.Linear(48, 8))
+            self.b = nn.Sequential(*between, nn.Linear(8, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    torch.manual_seed(0)
+    x = torch.rand(16, 3, 4, 4)
+    head = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(8, 5))
+    net = attach(Trunk(), {"a": head}, x).train()
+    assert torch.equal(tuple_of(net(x))[-1], net.backbone(x))
+    behind = attach(Trunk(nn.Dropout(0.5, inplace=True)), {"a": "linear"}, x).train()
+    torch.stack([z.sum() for z in behind(x)]).sum().backward()
+
+
+def test_finding_out_what_training_changes_leaves_no_trace() -> None:
+    trunk = backbone(0).train()
+    before = copy.deepcopy(trunk.state_dict())
+    attach(trunk, {"first": "linear"}, images(1))
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_head_that_looks_at_other_images_is_refused() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x - x.mean(0))
+
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3))
+    with pytest.raises(InputError, match="behind '1' depends on the images beside it"):
+        attach(trunk, {"1": Centred()}, torch.rand(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), IndexError("i"), AssertionError("no")])
+def test_what_a_strangers_code_raises_is_one_line(error: Exception) -> None:
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error
+
+    trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3))
+    with pytest.raises(InputError, match="the head behind '1' cannot take"):
+        attach(trunk, {"1": Raises()}, torch.rand(1, 1, 8, 8))
+    with pytest.raises(InputError, match="the backbone cannot take"):
+        attach(Raises(), {"1": "linear"}, torch.rand(1, 1, 8, 8))

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import swiftsure as ss
-from swiftsure import exits, models
+from swiftsure import exits, files, models
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy
+from swiftsure.recipe import Loss, Schedule
 
 
 def own(width: int = 6) -> nn.Module:
@@ -80,7 +81,7 @@ def test_an_unregistered_backbone_is_passed_again(tmp_path: Path) -> None:
         InputError, match=r"heads\.0\.2\.weight has shape \(3, 6\), the network needs \(3, 5\)"
     ):
         ss.load(tmp_path, model=own(5))
-    with pytest.raises(InputError, match="tensor"):
+    with pytest.raises(InputError, match="has exits behind 2; the network passed has them behind 4"):
         ss.load(tmp_path, model=ss.attach(own(), {"4": "linear"}, torch.rand(1, 1, 8, 8)))
     with pytest.raises(InputError, match="unknown module '2'"):
         ss.load(tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
@@ -174,3 +175,36 @@ def test_a_run_from_before_there_were_policies(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     same(net, ss.load(tmp_path))
     assert exits.exit_macs(ss.load(tmp_path)) == exits.exit_macs(net)
+
+
+class Versioned(nn.Linear):
+    """A layer that looks for the version it was stored by, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, *rest) -> None:  # type: ignore[no-untyped-def]
+        if local_metadata.get("version") != 2:
+            raise ValueError("version should be set")
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_layers_with_versions_are_trained_and_loaded(tmp_path: Path) -> None:
+    def mine() -> MultiExit:
+        torch.manual_seed(0)
+        trunk = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), Versioned(12, 3))
+        return ss.attach(trunk, {"1": "linear"}, torch.rand(1, 1, 8, 8))
+
+    net, x, y = mine(), torch.rand(20, 1, 8, 8), torch.arange(20) % 3
+    ss.fit(net, (x, y), (x, y), loss=Loss(proven=False), schedule=Schedule(epochs=1, ramp=0, batch=10))
+    models.save(net, tmp_path)
+    same(net, ss.load(tmp_path, model=mine()))
+
+
+@pytest.mark.parametrize("shape", [["a", 8, 8], [1, -8, 8], [1, 1e7, 1e7], [1, 8]])
+def test_a_damaged_input_shape_is_one_line(tmp_path: Path, shape: list[object]) -> None:
+    models.save(ss.attach(own(), {"2": "linear"}, example=torch.rand(1, 1, 8, 8)), tmp_path)
+    config = files.read_json(tmp_path / "config.json")
+    config["model"]["input_shape"] = shape
+    files.write_json(tmp_path / "config.json", config)
+    with pytest.raises(InputError):
+        ss.load(tmp_path, model=own())

@@ -58,3 +58,10 @@ def test_three_lines_turn_a_training_script_into_mixtrain():
             proven.append((lower.scatter(1, names["y"][:, None], 1.0) > 0).all(1).float().mean().item())
     assert proven[-1] > 0.5
     assert names["w"] == 20
+
+
+def test_no_figure_of_the_docs_is_a_placeholder():
+    docs = [Path(__file__).parents[1] / name for name in ("README.md", "CHANGELOG.md")]
+    for page in [*docs, *(Path(__file__).parents[1] / "docs").glob("*.md")]:
+        left = re.findall(r"@\w+@|TODO|FIXME|XX+", page.read_text(encoding="utf-8"))
+        assert not left, f"{page.name}: {left}"

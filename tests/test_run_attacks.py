@@ -42,6 +42,12 @@ def exits(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def macs_of(folder: Path) -> list[int]:
+    net = ss.load(folder)
+    assert isinstance(net, MultiExit)
+    return net.macs((1, 8, 8))
+
+
 def test_every_attack_has_its_figures(exits: Path) -> None:
     found = results.read(exits)
     attacked, forced = found["attacked"], found["macs"]["by_attack"]
@@ -53,6 +59,12 @@ def test_every_attack_has_its_figures(exits: Path) -> None:
     assert found["seconds"]["attack"] == pytest.approx(sum(found["seconds"]["by_attack"].values()))
     assert max(forced[name] for name in SLOWDOWNS) <= found["macs"]["slowdown"] <= found["macs"]["static"]
     assert found["macs"]["clean"] < found["macs"]["slowdown"]
+    for name, shares in found["exits"]["by_attack"].items():
+        assert sum(shares) == pytest.approx(1)
+        mean = sum(share * cost for share, cost in zip(shares, macs_of(exits), strict=True))
+        assert forced[name] == pytest.approx(mean), "shares and costs are of the same images"
+        assert forced[name] <= found["macs"]["p95_by_attack"][name] <= found["macs"]["static"]
+    assert list(found["exits"]["by_attack"]) == list(forced)
     guards = attacked["guards"]
     assert guards["n"] == 30
     assert list(guards["checks"]) == list(CHECKS)

@@ -243,7 +243,7 @@ def test_a_backbone_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "name" not in config["model"]
     assert len(config["model"]["exits"]) == 2
     assert evaluation.attack_run(folder, device="cpu", model=spec, limit=20).results["exits"]["clean"]
-    with pytest.raises(InputError, match="names no architecture"):
+    with pytest.raises(InputError, match=f"name what builds it with --model {spec}"):
         evaluation.attack_run(folder, device="cpu")
     assert ss.load(folder, model=build()).exits == 3
 

@@ -162,6 +162,15 @@ def test_attacked_images_have_their_own_statistics_but_beside_a_proof(proven):
     assert (abs(ours - own) < 1e-5) is not proven
 
 
+@pytest.mark.parametrize(("proven", "passes"), [(False, 2), (True, 1)])
+def test_population_statistics_are_of_clean_and_attacked_images_but_beside_a_proof(proven, passes):
+    net = small(batch_norm=True).train()
+    x, y = torch.rand(16, 1, 8, 8), torch.randint(10, (16,))
+    loss = Loss(clean=0.5, attacked=0.5, proven=proven)
+    three_term_loss(net, x, y, Ball(0.1), loss, 0.0, attack=lambda _net, x, y, ball: x)
+    assert net[1].num_batches_tracked == passes
+
+
 def test_mixtrain_loss_in_a_loop_of_ones_own(digits):
     net = small()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)

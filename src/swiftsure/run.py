@@ -102,6 +102,10 @@ def train(
             unusable data, network, device or folder.
     """
     folder = Path(folder)
+    if model is None and ":" in recipe.model.name:
+        raise InputError(
+            f"the recipe is of a network of your own; name what builds it with --model {recipe.model.name}"
+        )
     if model is not None:
         recipe = replace(recipe, model=replace(recipe.model, name=model))
     if not _begun(folder, recipe, resume):
@@ -194,6 +198,8 @@ def read_network(folder: str | Path, device: torch.device, model: str | None = N
         raise InputError(
             f"{folder} has no {WEIGHTS}: its training is not finished; go on with {resume_command(folder)}"
         )
+    if model is None and (folder / RECIPE).is_file() and ":" in (name := read_recipe(folder).model.name):
+        raise InputError(f"{folder} holds a network of your own; name what builds it with --model {name}")
     built = None if model is None else build_from(model, read_recipe(folder).model.options)
     return models.load(folder, built).to(device)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from swiftsure import models, run
+from swiftsure import models, run, usage
 from swiftsure.attacks import SLOWDOWNS, SlowdownResult, SuiteResult, attacks_for, run_slowdown, run_suite
 from swiftsure.attacks.guards import CHECKS, Guards, guard, not_evaluated
 from swiftsure.certificates import certifying
@@ -118,8 +118,15 @@ def parts(subject: Subject, attacked: Attacked) -> dict[str, Any]:
     }
     if slowed is not None:
         seconds |= slowed.seconds
-        forced = {name: answer.macs.double().mean().item() for name, answer in slowed.slowed.items()}
-        known["macs"] = {"by_attack": {**found.macs, **forced}}
+        costs = found.costs | {name: answer.macs for name, answer in slowed.slowed.items()}
+        exits = found.exits | {name: answer.exit for name, answer in slowed.slowed.items()}
+        known["macs"] = {
+            "by_attack": {name: cost.double().mean().item() for name, cost in costs.items()},
+            "p95_by_attack": {name: usage.p95(cost) for name, cost in costs.items()},
+        }
+        known["exits"] = {
+            "by_attack": {name: usage.shares(exit, subject.exits) for name, exit in exits.items()}
+        }
     whole = sum(seconds.values())
     known["seconds"] = {"attack": whole, "by_attack": seconds, "guards": attacked.guards.seconds}
     return known

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swiftsure.exits import Answer, paper_macs
 from swiftsure.subject import Subject
+
+
+def shares(exit: Tensor, exits: int) -> list[float]:
+    """The share of samples that leave at each of K exits, given the exit of each, (n,) int64 from 0."""
+    return (exit.bincount(minlength=exits).double() / len(exit)).tolist()
+
+
+def p95(macs: Tensor) -> float:
+    """What 95% of samples do not cost more than; macs (n,)."""
+    return macs.double().quantile(0.95, interpolation="higher").item()
 
 
 def parts(
@@ -25,16 +36,12 @@ def parts(
         return {}
     answers = {"clean": clean, "attacked": attacked, "slowdown": slowed}
     known = {name: answer for name, answer in answers.items() if answer is not None}
-    shares = {
-        name: (answer.exit.bincount(minlength=subject.exits).double() / len(answer.exit)).tolist()
-        for name, answer in known.items()
-    }
     paper = torch.tensor(paper_macs(subject.net, subject.images.shape), dtype=torch.float64)
     return {
-        "exits": shares,
+        "exits": {name: shares(answer.exit, subject.exits) for name, answer in known.items()},
         "macs": {
             **{name: answer.macs.double().mean().item() for name, answer in known.items()},
-            "clean_p95": clean.macs.double().quantile(0.95, interpolation="higher").item(),
+            "clean_p95": p95(clean.macs),
             "paper": paper[clean.exit].mean().item(),
         },
     }

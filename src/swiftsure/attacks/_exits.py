@@ -23,6 +23,7 @@ from swiftsure.attacks.objectives import (
     single,
 )
 from swiftsure.ball import Ball
+from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit
 
 _ROWS = {"cpu": 0, "cuda": 1024}
@@ -57,9 +58,11 @@ def at_exit(
         Adversarial images, as the inner attack.
 
     Raises:
-        InputError: as the inner attack.
+        InputError: an exit that is not there, or as the inner attack.
     """
     if isinstance(net, MultiExit):
+        if not -net.exits <= exit < net.exits:
+            raise InputError(f"exit is {exit!r}; allowed: 0 to {net.exits - 1}, or -1 for the last")
         return attack(UpTo(net, exit), x, y, ball, objective=objective, judge=misclassified, **options)
     asked = {"objective": single(exit, objective), "judge": single(exit, misclassified)}
     return attack(net, x, y, ball, **asked, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +15,42 @@ from swiftsure.attacks.objectives import Objective
 _WARM_UPS = 2
 """Passes before the capture, as torch asks for: libraries choose their algorithms in them."""
 
+_KEPT = 24
+"""Records that are kept, the latest: each holds its own memory. Seven exits and a last, smaller batch are 14."""
+
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class Replayed:
     """`input_gradient` for an attack that is called again and again on a GPU, as in training.
 
-    The first call for a part of a network (all of it, or up to an exit) and a size of batch records its operations;
-    later ones run the record. One for each network, objective and precision: what is recorded keeps them. Weights may
-    change in place between calls, and batch norm's statistics in any way. Off the GPU, and for networks whose passes
-    wait for numbers (``if x.max() > 1``), it is `input_gradient` itself.
+    The first call for a network, or its part up to an exit, an objective and a size of batch records the operations;
+    later ones run the record. Weights may change in place between calls, and batch norm's statistics in any way; a
+    forward pass that is another one from call to call is not followed. Off the GPU, and for networks whose passes wait
+    for numbers (``if x.max() > 1``), it is `input_gradient` itself.
 
     Example:
         >>> x_adv = pgd(net, x, y, ball, gradient=Replayed())
     """
 
     def __init__(self) -> None:
-        self._recorded: dict[tuple[object, ...], _Recorded | None] = {}
+        self._recorded: OrderedDict[tuple[object, ...], _Recorded | None] = OrderedDict()
 
     def __call__(self, net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> Tensor:
         """As `input_gradient`; the result is overwritten by the next call."""
         if not x.is_cuda:
             return input_gradient(net, x, y, objective)
         # Networks that are cut short for one attack are new objects each time, of the same modules.
-        part = net.part if isinstance(net, CutShort) else None
-        key = (part, tuple(x.shape))
+        whole, part = (net.net, net.part) if isinstance(net, CutShort) else (net, None)
+        precision = (x.dtype, torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
+        # Network and objective are part of the key, which keeps them: a number of theirs could come again.
+        key = (whole, part, objective, tuple(x.shape), x.device, precision)
         if key not in self._recorded:
             waits = _waits(net, x, y, objective)
             self._recorded[key] = None if waits else _Recorded(net, x, y, objective)
+            if len(self._recorded) > _KEPT:
+                self._recorded.popitem(last=False)
+        self._recorded.move_to_end(key)
         recorded = self._recorded[key]
         return input_gradient(net, x, y, objective) if recorded is None else recorded(x, y)
 
@@ -55,6 +64,8 @@ def _waits(net: nn.Module, x: Tensor, y: Tensor, objective: Objective) -> bool:
         try:
             torch.cuda.set_sync_debug_mode("error")
             input_gradient(net, x, y, objective)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError:
             return True
         finally:
@@ -99,7 +110,8 @@ class _Recorded:
                 input_gradient(self.net, self.x, self.y, objective)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with precision, torch.cuda.graph(graph):
+        # Other threads, such as one that pins a DataLoader's memory, may go on meanwhile.
+        with precision, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             grad = input_gradient(self.net, self.x, self.y, objective)
         return graph, grad
 

@@ -95,9 +95,14 @@ def single(exit: int, of: Callable[..., Tensor] = cross_entropy) -> Callable[...
 
     `single(0)` ascends the cross-entropy of the first exit; `single(0, misclassified)` judges by it;
     `single(-1)` is RDI-Nets' main attack.
+
+    Raises:
+        InputError: when called on logits of too few exits.
     """
 
     def at_one_exit(logits: Logits, *labels: Tensor) -> Tensor:
+        if not -len(logits) <= exit < len(logits):
+            raise InputError(f"exit is {exit!r}; allowed: 0 to {len(logits) - 1}, or -1 for the last")
         return of((logits[exit],), *labels)
 
     return at_one_exit

@@ -82,7 +82,9 @@ class SuiteResult:
             largest margin of a wrong class at the exit that answers; x itself where nothing was worse.
         seconds: per attack name, on all samples, checks included.
         gradients: per attack name, what its gradients were worth.
-        macs: per attack name, the mean multiply-adds of its images; empty where `run_suite` knew no costs.
+        exits: per attack name, (n,) int64, by which exit, from 0, its image of each sample leaves; empty where
+            `run_suite` was not given what answers.
+        costs: the same for multiply-adds.
         skipped: per attack name, why it could not be run on this network; such an attack has no other entry.
     """
 
@@ -94,7 +96,8 @@ class SuiteResult:
     broken_8bit: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, GradientReport] = field(default_factory=dict)
-    macs: dict[str, float] = field(default_factory=dict)
+    exits: dict[str, Tensor] = field(default_factory=dict)
+    costs: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -111,6 +114,11 @@ class SuiteResult:
     def union_8bit(self) -> Tensor:
         """Whether any attack broke each sample with an image of 8 bits: (n,) bool."""
         return torch.stack([self.misclassified, *self.broken_8bit.values()]).any(0)
+
+    @property
+    def macs(self) -> dict[str, float]:
+        """Mean multiply-adds per attack, where they are known."""
+        return {name: cost.double().mean().item() for name, cost in self.costs.items()}
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -190,11 +198,13 @@ def run_suite(
     before = [verdict(x[i : i + batch].to(device), y[i : i + batch].to(device)) for i in starts]
     wrong = torch.cat([part.broken for part in before])
     clean_macs = torch.cat([part.macs for part in before if part.macs is not None] or [torch.empty(0)])
+    clean_exit = torch.cat([part.exit for part in before if part.exit is not None] or [torch.empty(0)])
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
     worst = _Worst(result.worst, wrong.clone(), torch.cat([part.margin for part in before]))
     for name, attack in attacks.items():
         began = clock()
-        report, broken, broken_8bit, macs = GradientReport(), wrong.clone(), wrong.clone(), clean_macs.clone()
+        report, broken, broken_8bit = GradientReport(), wrong.clone(), wrong.clone()
+        macs, exit = clean_macs.clone(), clean_exit.clone()
         for start in starts:
             index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
             if len(index):
@@ -211,8 +221,8 @@ def run_suite(
                 found_8bit = verdict(rounded, labels)
                 found_8bit.broken &= inside.cpu()
                 broken[index], broken_8bit[index] = found.broken | found_8bit.broken, found_8bit.broken
-                if found.macs is not None:
-                    macs[index] = found.macs
+                if found.macs is not None and found.exit is not None:
+                    macs[index], exit[index] = found.macs, found.exit
                 worst.offer(index, x_adv.cpu(), found)
                 # An image that was rounded out of the ball is no image of it, however wrong.
                 worst.offer(index[inside.cpu()], rounded[inside].cpu(), found_8bit.where(inside.cpu()))
@@ -224,7 +234,7 @@ def run_suite(
             continue
         result.broken[name], result.broken_8bit[name], result.gradients[name] = broken, broken_8bit, report
         if len(macs):
-            result.macs[name] = macs.double().mean().item()
+            result.costs[name], result.exits[name] = macs, exit
         result.seconds[name] = clock() - began
     return result
 
@@ -239,12 +249,14 @@ class _Verdict:
     """(B,), of the worst wrong class."""
     macs: Tensor | None = None
     """(B,), multiply-adds, where they are known."""
+    exit: Tensor | None = None
+    """(B,), by which each sample left, where that is known."""
 
     @classmethod
     def of(cls, answer: Answer, labels: Tensor) -> _Verdict:
         """A wrong label breaks a sample; an answer with a NaN is no answer."""
         broken = (answer.label != labels) | answer.logits.isnan().any(1)
-        return cls(broken.cpu(), margin((answer.logits,), labels).cpu(), answer.macs.cpu())
+        return cls(broken.cpu(), margin((answer.logits,), labels).cpu(), answer.macs.cpu(), answer.exit.cpu())
 
     def where(self, some: Tensor) -> _Verdict:
         """Of some of the images, (B,) bool."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +94,7 @@ def attach(
             f"cut into stages, {type(backbone).__name__} computes something else; randomness in evaluation mode, and "
             "what a forward pass notes for the next one, cannot be followed"
         )
+    _require_independence(net, names, probe)
     net.policy = policy
     for module in (net, net.stages, *net.stages, net.heads):
         module.training = backbone.training
@@ -119,7 +122,12 @@ def attach_again(backbone: nn.Module, exits: Any, input_shape: Any) -> MultiExit
             f"the head behind {own[0]!r} was a module of your own; pass the whole network again, as `attach` made it"
         )
     weights = next(iter(backbone.parameters()), torch.empty(0))
-    return attach(backbone, exits, torch.zeros(1, *input_shape, device=weights.device, dtype=weights.dtype))
+    try:
+        example = torch.zeros(1, *input_shape, device=weights.device, dtype=weights.dtype)
+    except (RuntimeError, TypeError) as error:
+        line = str(error).splitlines()[0]
+        raise InputError(f"the stored input_shape is damaged: {reprlib.repr(input_shape)}: {line}") from None
+    return attach(backbone, exits, example)
 
 
 def _example(backbone: nn.Module, config: Mapping[str, Any], example: Tensor | None) -> Tensor:
@@ -150,7 +158,7 @@ def _answer(backbone: nn.Module, probe: Tensor) -> Tensor:
     try:
         with in_mode(backbone, False), torch.no_grad():
             logits = backbone(probe.clone())
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's code raises
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"the backbone cannot take images of shape {tuple(probe.shape[1:])}: {line}"
@@ -176,7 +184,7 @@ def _require_classes(head: nn.Module, name: str, tap: Tensor, classes: int) -> N
     try:
         with in_mode(head, False), torch.no_grad():
             logits = head(tap.clone())
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's code raises
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"the head behind {name!r} cannot take what the module returns, {('batch', *tap.shape[1:])}: {line}"
@@ -189,18 +197,57 @@ def _require_classes(head: nn.Module, name: str, tap: Tensor, classes: int) -> N
         )
 
 
+def _require_independence(net: MultiExit, names: Sequence[str], probe: Tensor) -> None:
+    """Refuse heads whose answer for an image depends on the images beside it.
+
+    The deployed network asks a later head for those alone that are still inside.
+    """
+    with in_mode(net, False), torch.no_grad():
+        together, alone = as_state(net(probe.clone())), as_state(net(probe[:1].clone()))
+    for name, beside, single in zip([*names, "the end"], together, alone, strict=True):
+        scale = float(beside.abs().amax().clamp_min(1e-6))
+        if not bool((beside[:1] - single).abs().amax() <= 0.01 * scale) and bool(single.isfinite().all()):
+            raise InputError(
+                f"the answer of the exit behind {name!r} depends on the images beside it; allowed: each image alone"
+            )
+
+
 def _touched(net: MultiExit, probe: Tensor) -> tuple[bool, ...]:
-    """Which taps their heads or later stages change in place: those heads must read a copy.
+    """Which taps their heads or later stages change in place, in either mode: those heads must read a copy.
 
     Torch counts the changes of a tensor, those through its views included. A gradient of the head would need the value
-    from before.
+    from before. Dropout does nothing in evaluation mode and may do it in place in training.
     """
+    changed = _changed(net, probe, training=False)
+    with _buffers_kept(net), torch.random.fork_rng([probe.device] if probe.is_cuda else []):
+        try:
+            in_training = _changed(net, probe, training=True)
+        except Exception:
+            # What cannot run in training mode here, such as batch norm of two numbers, may in a larger batch.
+            in_training = (True,) * net.exits
+    return tuple(one or other for one, other in zip(changed, in_training, strict=True))
+
+
+def _changed(net: MultiExit, probe: Tensor, training: bool) -> tuple[bool, ...]:
+    """Which taps a pass in one mode changes in place."""
     taps, versions = [], []
     state: tuple[Tensor, ...] = (probe.clone(),)
-    with in_mode(net, False), torch.no_grad():
+    with in_mode(net, training), torch.no_grad():
         for stage, head in zip(net.stages, net.heads, strict=True):
             state = as_state(stage(*state))
             taps.append(state[0])
             versions.append(state[0]._version)
             head(state[0])
     return tuple(tap._version != version for tap, version in zip(taps, versions, strict=True))
+
+
+@contextmanager
+def _buffers_kept(net: nn.Module) -> Iterator[None]:
+    """Inside the block buffers, such as population statistics, may change; then they are as before."""
+    before = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from swiftsure.errors import InputError
-from swiftsure.exits.counting import Count, cumulative, paper
+from swiftsure.exits.counting import Count, counting, cumulative, paper
 from swiftsure.exits.multi_exit import Answer, MultiExit, one_exit
 from swiftsure.modes import evaluating
 
@@ -24,8 +23,8 @@ WARM_UP = 3
 def static_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> int:
     """Multiply-adds of one image through the whole network, every exit's head included.
 
-    Torch's own counter: convolutions and matrix products; additions of biases, normalisations, activations and
-    pooling count nothing.
+    Torch's own counter: convolutions and matrix products, those of attention too; additions of biases, normalisations,
+    activations and pooling count nothing.
 
     Args:
         net: any module that takes images; its modes stay as they are.
@@ -35,8 +34,7 @@ def static_macs(net: nn.Module, input_shape: Sequence[int] | None = None) -> int
         InputError: no shape is known, or the network cannot take such images.
     """
     image = _images(net, 1, input_shape)
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), evaluating(net), counter, _understood(image):
+    with torch.no_grad(), evaluating(net), counting() as counter, _understood(image):
         net(image)
     return int(counter.get_total_flops()) // 2
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[..., Any]
@@ -33,10 +35,24 @@ def as_state(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Torch's counter around what runs inside the block; it counts two operations for each multiply-add.
+
+    Attention runs in its plain form there: of a fused one the counter sees nothing.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def counted(step: Step, *inputs: Tensor) -> tuple[Any, Count]:
     """What a step returns for one image, and what that took."""
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with counting() as counter:
         value = step(*inputs)
     found = {"convolution": 0, "linear": 0}
     for operation, flops in counter.get_flop_counts().get("Global", {}).items():

@@ -104,8 +104,9 @@ def build_head(description: Mapping[str, Any], shape: Sequence[int], classes: in
     try:
         json.dumps(options)
         return _BUILDERS[kind](tuple(shape), classes, **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"head {kind!r} cannot be built with options {options}: {error}") from None
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"head {kind!r} cannot be built with options {options}: {line}") from None
 
 
 class _TokenMean(nn.Module):

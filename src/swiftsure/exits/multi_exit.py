@@ -68,6 +68,8 @@ class MultiExit(nn.Module):
             raise InputError(f"{len(stages)} stages and {len(heads)} heads; allowed: one head for each stage")
         self.stages, self.heads = nn.ModuleList(stages), nn.ModuleList(heads)
         self.copies = tuple(copies) if copies is not None else (False,) * len(heads)
+        if len(self.copies) != len(heads):
+            raise InputError(f"{len(self.copies)} copies for {len(heads)} heads; allowed: one for each head")
         self._macs: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self._policy: Policy | None = None
         self.policy = policy
@@ -85,9 +87,7 @@ class MultiExit(nn.Module):
     @policy.setter
     def policy(self, policy: Policy | None) -> None:
         if policy is not None:
-            if not isinstance(policy, Policy):
-                raise InputError(f"policy is {policy!r}; allowed: a Policy such as Policy('entropy', [0.1])")
-            policy.require(self.exits)
+            _require_policy(policy, self.exits)
         self._policy = policy
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -117,7 +117,7 @@ class MultiExit(nn.Module):
                     "swiftsure.exits.calibrate (`swiftsure calibrate RUN`)"
                 )
             policy = _CLOSED
-        policy.require(self.exits)
+        _require_policy(policy, self.exits)
         config = getattr(self, "config", None)
         config = config if isinstance(config, dict) else {}
         check_batch(x, shape=config.get("input_shape"))
@@ -185,6 +185,17 @@ class MultiExit(nn.Module):
         image = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
         with evaluating(self):
             return count_exits(self.stages, self.heads, image)
+
+
+def _require_policy(policy: Any, exits: int) -> None:
+    """Refuse what is no policy for so many exits.
+
+    Raises:
+        InputError: as said.
+    """
+    if not isinstance(policy, Policy):
+        raise InputError(f"policy is {policy!r}; allowed: a Policy such as Policy('entropy', [0.1])")
+    policy.require(exits)
 
 
 def one_exit(net: nn.Module) -> MultiExit:

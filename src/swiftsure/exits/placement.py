@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from swiftsure.errors import InputError
+from swiftsure.exits.counting import counting
 from swiftsure.exits.cutting import Flow
 from swiftsure.exits.heads import Description, sized
 from swiftsure.exits.tracing import Trace, batch_first, in_mode
@@ -107,7 +107,6 @@ def _end(trace: Trace, flow: Flow, module: nn.Module) -> fx.Node | None:
 def _costs(backbone: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
     """Multiply-adds of one image through the backbone, and up to the end of each module, in order of their ends."""
     spent: dict[str, int] = {}
-    counter = FlopCounterMode(display=False)
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -119,7 +118,7 @@ def _costs(backbone: nn.Module, example: Tensor) -> tuple[int, dict[str, int]]:
     handles = [module.register_forward_hook(note(name)) for name, module in backbone.named_modules() if name]
     image = torch.zeros(1, *example.shape[1:], device=example.device, dtype=example.dtype)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counting() as counter:
             backbone(image)
     finally:
         for handle in handles:

@@ -7,6 +7,7 @@ itself should add nothing to that.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Policy:
             raise InputError(f"thresholds are {values!r}; allowed: a list, one for each exit but the last")
         for place, value in enumerate(values):
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not (0 <= value <= rule.highest and math.isfinite(value)):
+            if not number or not (0 <= value <= min(rule.highest, sys.float_info.max)):
                 raise InputError(f"threshold {place} of {self.rule} is {value!r}; allowed: {rule.allowed}")
         object.__setattr__(self, "thresholds", tuple(float(value) for value in values))
 
@@ -168,6 +169,6 @@ def known_rule(name: str) -> Rule:
     Raises:
         InputError: unknown name.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise InputError(unknown("rule of exits", str(name), list(RULES)))
     return RULES[name]

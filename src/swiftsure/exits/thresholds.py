@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.data import ImageSet, check_batch
+from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
 from swiftsure.exits.multi_exit import MultiExit
 from swiftsure.exits.policies import Policy, known_rule
@@ -45,8 +46,14 @@ def calibrate(
     known_rule(rule)
     if not isinstance(net, MultiExit):
         raise InputError(f"thresholds are for a MultiExit; this is a {type(net).__name__} of one exit")
-    images = images if isinstance(images, ImageSet) else ImageSet.from_tensors(*images)
+    if not isinstance(images, ImageSet):
+        if not isinstance(images, tuple | list) or len(images) != 2:
+            raise InputError(f"images are a {type(images).__name__}; allowed: an ImageSet, or tensors (x, y)")
+        images = ImageSet.from_tensors(*images)
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch is {batch!r}; allowed: an integer >= 1")
     logits = all_logits(net, images, batch)
+    check_labels(images.labels, len(images), logits[-1].shape[1])
     if macs is None:
         if attacked:
             raise InputError("attacked images fit thresholds within a budget; give macs as well")
@@ -145,6 +152,7 @@ def within_macs(
                 f"attack {number} has logits of shapes {[tuple(z.shape) for z in seen]}; "
                 f"allowed: those of the clean images, {[tuple(z.shape) for z in logits]}"
             )
+    check_labels(y, len(logits[0]), logits[0].shape[1])
     if len(logits) == 1:
         return Policy(rule, ())
     views = [(scores, _right(logits, y)), *((_scores(seen, rule), _right(seen, y)) for seen in attacked)]
@@ -255,6 +263,10 @@ def _scores(logits: Sequence[Tensor], rule: str) -> Tensor:
     if samples < max(1, len(logits)):
         raise InputError(f"{samples} samples for {len(logits)} exits; allowed: at least one for each exit")
     for number, z in enumerate(logits):
+        if len(z) != samples:
+            raise InputError(
+                f"exit {number} has logits of {len(z)} samples, exit 0 of {samples}; allowed: alike"
+            )
         if not bool(z.isfinite().all()):
             raise InputError(f"logits of exit {number} are not finite; no threshold can be fitted to them")
     scores = [known.sign * known.score(z).cpu() for z in logits[:-1]]

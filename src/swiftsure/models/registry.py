@@ -66,8 +66,9 @@ def build(name: str, **options: Any) -> nn.Module:
     try:
         json.dumps(options)
         net = _BUILDERS[name](**options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"model {name!r} cannot be built with options {options}: {error}") from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model {name!r} cannot be built with options {options}: {line}") from None
     net.config = {  # type: ignore[assignment]
         "name": name,
         "options": options,

@@ -129,6 +129,16 @@ def _rebuilt(folder: Path, description: Any, model: nn.Module | None) -> nn.Modu
             return attach_again(model, description["exits"], description.get("input_shape"))
         except InputError as error:
             raise InputError(f"{folder / CONFIG}: {error}") from None
+    if described and whole and isinstance(description.get("exits"), dict):
+        stored, given = (
+            list(description["exits"]),
+            list((getattr(model, "config", None) or {}).get("exits") or {}),
+        )
+        if stored != given:
+            raise InputError(
+                f"{folder / CONFIG} has exits behind {', '.join(stored)}; the network passed has them behind "
+                f"{', '.join(given) or 'nothing that attach knows'}"
+            )
     return model
 
 
@@ -193,4 +203,6 @@ def load_state(net: nn.Module, state: dict[str, Tensor], source: str | Path = "t
             raise InputError(f"{source}: {name} holds {new.dtype}, the network needs {tensor.dtype}")
         if new.is_floating_point() and not bool(torch.isfinite(new).all()):
             raise InputError(f"{source}: {name} holds NaN or infinite values")
-    net.load_state_dict(state)
+    # In the network's own dictionary: some layers look there for the version that they were stored by.
+    own.update(state)
+    net.load_state_dict(own)

@@ -40,13 +40,15 @@ def adversary(
         ball: the full threat model, to which a stated step size belongs.
         exits: K.
         draws: makes starts and mixes reproducible.
-        gradient: how gradients are taken. What was recorded serves one objective: a mix, which is another one for each
-            batch, takes its own.
+        gradient: how gradients are taken. A mix is another objective for each batch, which is not worth a record.
 
     Raises:
         InputError: the form names an exit that the network has not.
     """
     check_form(attack, exits)
+    half = attack.precision == "bfloat16"
+    loss = _of_float32 if half else cross_entropy
+    over_all = average(loss)
 
     def run(net: nn.Module, x: Tensor, y: Tensor, here: Ball) -> Tensor:
         wider = here.with_eps(here.radius * attack.eps_factor)
@@ -59,8 +61,6 @@ def adversary(
         }
         if attack.step_size is not None and ball.radius > 0:
             options["step_size"] = float(attack.step_size) * min(1.0, here.radius / ball.radius)
-        half = attack.precision == "bfloat16"
-        loss = _of_float32 if half else cross_entropy
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
             if exits == 1 or attack.form == "main":
                 return at_exit(net, x, y, wider, exit=-1, objective=loss, **options)
@@ -68,7 +68,7 @@ def adversary(
                 return at_exit(net, x, y, wider, exit=attack.side_exit, objective=loss, **options)
             if attack.form == "max_average":
                 return max_average(net, x, y, wider, objective=loss, **options)
-            over_exits = average(loss) if attack.form == "average" else random_mix(exits, draws, loss)
+            over_exits = over_all if attack.form == "average" else random_mix(exits, draws, loss)
             return pgd(net, x, y, wider, objective=over_exits, **options)
 
     return run

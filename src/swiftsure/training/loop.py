@@ -199,7 +199,10 @@ def fit(
             if on_epoch is not None:
                 on_epoch(done.records)
             meter.epoch(done.records[-1])
-    net.load_state_dict(done.best)
+    # In the network's own dictionary: some layers look there for the version that they were stored by.
+    own = net.state_dict()
+    own.update(done.best)
+    net.load_state_dict(own)
     if half:
         net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     net.eval()

@@ -1,4 +1,4 @@
-"""Batch norm in robust training: the clean batch sets the statistics, the other passes use the same ones."""
+"""Batch norm in robust training: the clean batch sets the statistics by which attacks are made and bounds computed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 class BatchStatistics:
     """Records the statistics each batch norm sees in a forward pass, and freezes the network on them.
 
-    A bound needs batch norm to be a fixed affine map, and an attack in training must not learn from, or leak into,
-    the statistics of the images it makes.
+    A bound needs batch norm to be a fixed affine map; and while an attack makes its images, their statistics must
+    neither help it nor be noted. (Which statistics the finished images pass with is the loss's business:
+    `three_term_loss`.)
 
     Example:
         >>> statistics = BatchStatistics(net)
