@@ -244,7 +244,7 @@ def test_a_builder_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(tmp_path))
     mine = recipe("model.options.width=6")
     done = run.train(mine, "runs/mine", device="cpu", model="my_nets:build")
-    with pytest.raises(InputError, match="names no architecture"):
+    with pytest.raises(InputError, match="name what builds it with --model my_nets:build"):
         evaluation.certify_run(done.folder, device="cpu", limit=5)
     found = evaluation.certify_run(done.folder, device="cpu", limit=5, model="my_nets:build")
     assert found.results["verified"]["n"] == 5
