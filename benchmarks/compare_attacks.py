@@ -188,7 +188,7 @@ def compare(
 def knows(peer: str, name: str, ball: ss.Ball) -> bool:
     """Whether a peer has that attack in that norm."""
     if peer == "autoattack":
-        return name != "pgd" and not (name == "fab_t" and ball.norm == "1")
+        return name != "pgd"
     return ball.norm != "1" and name != "fab_t" and (name != "pgd" or ball.norm == "inf")
 
 

@@ -197,7 +197,11 @@ class AutoAttack:
         known = self._known()
         for name in self.attacks_to_run:
             if name not in known:
-                why = " (it never broke what these left on the networks tried)" if "fab" in name else ""
+                why = (
+                    " (it is not implemented here; in L2 and L1 it breaks what these leave)"
+                    if "fab" in name
+                    else ""
+                )
                 raise InputError(f"attacks_to_run holds {name!r}{why}; allowed: {', '.join(known)}")
         return {name: known[name] for name in self.attacks_to_run}
 

@@ -118,7 +118,9 @@ def run_slowdown(
             images, labels = (t[start : start + batch].to(device) for t in (x, y))
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {start}".encode()))
             found.append(
-                assert_inside(attack(net, images, labels, ball, generator=generator), images, ball).cpu()
+                assert_inside(
+                    attack(net, images.clone(), labels, ball, generator=generator), images, ball
+                ).cpu()
             )
             if progress is not None:
                 progress(name, start + len(images), len(x))
