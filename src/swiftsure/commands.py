@@ -251,6 +251,10 @@ def _attacked(found: dict[str, Any]) -> list[str]:
                 f"{forced[name]:,.0f}" if name in forced else "",
             ]
         )
+    if last := attacked.get("accuracy_last"):
+        lines.insert(
+            2, f"          the last exit alone on the same images: {_percent(last['union']).strip()}"
+        )
     slow = [name for name in forced if name not in attacked["accuracy"]]
     table += [[name, "", "", f"{seconds[name]:.1f}", f"{forced[name]:,.0f}"] for name in slow]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

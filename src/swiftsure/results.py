@@ -154,7 +154,7 @@ def _check_format(results: Any) -> None:
 
 
 def _check_union(attacked: Mapping[str, Any]) -> None:
-    for part in ("accuracy", "accuracy_8bit"):
+    for part in ("accuracy", "accuracy_8bit", "accuracy_last"):
         accuracy = attacked.get(part, {})
         for attack, value in accuracy.items():
             if accuracy["union"] > value + 1e-9:

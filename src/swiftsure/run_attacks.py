@@ -116,6 +116,8 @@ def parts(subject: Subject, attacked: Attacked) -> dict[str, Any]:
             "guards": attacked.guards.as_dict(),
         }
     }
+    if found.accuracy_last:
+        known["attacked"]["accuracy_last"] = found.accuracy_last
     if slowed is not None:
         seconds |= slowed.seconds
         costs = found.costs | {name: answer.macs for name, answer in slowed.slowed.items()}

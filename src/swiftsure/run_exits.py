@@ -18,8 +18,6 @@ from swiftsure.exits import MultiExit, Policy, attach, calibrate
 from swiftsure.recipe import Exits
 
 STEPS = 40
-FITTED_TO = 1000
-"""Held-out images that thresholds are fitted to when they are attacked: K + 1 attacks on each."""
 
 
 def with_exits(net: nn.Module, choice: Exits, input_shape: Sequence[int]) -> nn.Module:
@@ -84,7 +82,6 @@ def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> P
     with certifying(net):
         if not choice.attacked:
             return calibrate(net, images, rule=choice.policy, macs=choice.macs)
-        images = images.select(slice(0, FITTED_TO))
         attacked = list(attacked_logits(net, images, ball).values())
         return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
 

@@ -23,6 +23,7 @@ from swiftsure.attacks.objectives import (
     Objective,
     TargetedObjective,
     as_exits,
+    check_exit,
     cross_entropy,
     misclassified,
     never,
@@ -52,7 +53,8 @@ def apgd(
 
     A sample drops out of the batch at the first point that the judge counts as broken. The others end with the
     point of largest objective. The step rules are described in `_steps.Momentum` (L-inf and L2) and
-    `_steps.Sparse` (L1; there the first 60% of the steps are taken in balls of three and two times eps). The network
+    `_steps.Sparse` (L1; there the first 60% of the steps are taken in balls of three and two times eps, from a sparse
+    random point). The network
     is left as found, as by `pgd`. Where a gradient is NaN, that step moves nothing but by momentum.
 
     Args:
@@ -84,7 +86,7 @@ def apgd(
     tally = None if report is None else GradientTally(report)
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
-        start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
+        start = _start(x, ball, generator) if random_start or number > 0 else x.clone()
         return _ascend(net, x, y, ball, start, objective, judge, steps, tally)
 
     with attacking(net):
@@ -130,14 +132,12 @@ def apgd_targeted(
     if ball.radius == 0 or len(x) == 0:
         return x.clone()
     tally = None if report is None else GradientTally(report)
-    with attacking(net), torch.no_grad():
-        clean = torch.nan_to_num(as_exits(net(x))[exit])
-    ranked = clean.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1][:, :targets]
+    ranked = likeliest_wrong(net, x, y, exit, targets)
     aims = ranked.shape[1]
 
     def run(number: int, x: Tensor, labels: Tensor) -> Found:
         pair = labels[:, [0, 1 + number % aims]]
-        start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
+        start = _start(x, ball, generator) if random_start or number > 0 else x.clone()
         return _ascend(
             net, x, pair, ball, start,
             lambda logits, pair: objective(logits, pair[:, 0], pair[:, 1]),
@@ -150,6 +150,35 @@ def apgd_targeted(
     if tally is not None:
         tally.close()
     return assert_inside(worst, x, ball)
+
+
+def likeliest_wrong(net: nn.Module, x: Tensor, y: Tensor, exit: int, targets: int) -> Tensor:
+    """The wrong classes of largest logits on the images themselves, the likeliest first: (B, up to `targets`).
+
+    Args:
+        exit: whose logits, counted from 0; -1 is the last.
+
+    Raises:
+        InputError: an exit that the network does not have.
+    """
+    with attacking(net), torch.no_grad():
+        logits = as_exits(net(x))
+    check_exit(exit, len(logits))
+    clean = torch.nan_to_num(logits[exit])
+    return clean.scatter(1, y[:, None], -math.inf).argsort(1, descending=True)[:, :-1][:, :targets]
+
+
+def _start(x: Tensor, ball: Ball, generator: torch.Generator | None) -> Tensor:
+    """A random point of the ball; in L1 of the widest ball, and sparse, as what climbs there ends in few pixels.
+
+    AutoAttack's: the nearest point to an image of noise. A uniform point of the L1 ball moves each pixel by a hair; on
+    networks trained for a proof climbs from there ended far lower.
+    """
+    if ball.norm != "1":
+        return ball.sample(x, generator)
+    device = generator.device if generator else x.device
+    noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    return ball.with_eps(_WIDER[0][0] * ball.radius).project(x + noise, x)
 
 
 def _ascend(

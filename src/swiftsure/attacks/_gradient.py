@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from swiftsure.attacks.objectives import Logits, Objective, as_exits
 from swiftsure.ball import Ball
 from swiftsure.data import check_batch
+from swiftsure.data.checks import check_labels
 from swiftsure.errors import InputError
 from swiftsure.modes import evaluating
 
@@ -109,6 +111,9 @@ def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Te
     """
     config = getattr(net, "config", None) or {}
     check_batch(x, y, classes=config.get("classes"), shape=config.get("input_shape"))
+    if "classes" not in config and len(x) and int(y.max()) >= _CLASSES.get(net, 0):
+        _CLASSES[net] = classes_of(net, x)
+        check_labels(y, len(x), _CLASSES[net])
     # Pixels are in [0, 1] by now; only a narrower range is left to check.
     if (ball.low > 0 or ball.high < 1) and not bool(((x >= ball.low) & (x <= ball.high)).all()):
         raise InputError(f"pixels leave the ball's range; allowed: [{ball.low}, {ball.high}]")
@@ -116,6 +121,27 @@ def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Te
     with torch.inference_mode(False):
         x, y = (t.detach().clone() if t.is_inference() else t.detach() for t in (x, y))
         return x, y.long()
+
+
+_CLASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Of networks that do not say how many they have; asked again when labels exceed it."""
+
+
+def classes_of(net: nn.Module, x: Tensor) -> int:
+    """How many classes a network tells apart, by one pass over the first of some images.
+
+    Raises:
+        InputError: what it returns are no logits.
+    """
+    device = next((parameter.device for parameter in net.parameters()), x.device)
+    with evaluating(net), torch.no_grad():
+        logits = as_exits(net(x[:1].to(device)))
+    if any(not isinstance(z, Tensor) or z.dim() != 2 for z in logits):
+        shapes = [tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in logits]
+        raise InputError(
+            f"the network returns {shapes}; allowed: logits (batch, classes), or a tuple of them"
+        )
+    return logits[-1].shape[1]
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -18,9 +18,10 @@ from swiftsure.attacks._gradient import (
 )
 from swiftsure.attacks._pgd import PATH, ascend, check_options
 from swiftsure.attacks._restarts import Found, worst_of
-from swiftsure.attacks.objectives import Judge, Objective, cross_entropy, misclassified
+from swiftsure.attacks.objectives import Judge, Objective, check_exit, cross_entropy, misclassified
 from swiftsure.ball import Ball
 from swiftsure.bounds import Graph, Region, linear_map, memory, trace
+from swiftsure.errors import InputError, UnsupportedError
 
 # The region that is looked at has a radius of eps / 30 at first and eps / 2 at most, and triples in between.
 _FIRST, _LARGEST, _GROWTH = 1 / 30, 1 / 2, 3
@@ -69,7 +70,8 @@ def interval_attack(
         Adversarial images, shaped like x, inside the ball and the pixel range, outside any autograd graph.
 
     Raises:
-        InputError: as `pgd`; a network with an operation that bounds have no rule for.
+        InputError: as `pgd`; an exit that the network does not have.
+        UnsupportedError: a network with an operation that bounds have no rule for.
     """
     check_options(steps, step_size, restarts)
     check_count("moves", moves, 0)
@@ -79,7 +81,11 @@ def interval_attack(
     if step_size is None:
         step_size = ball.radius * (1 / 30 if ball.norm == "inf" else PATH[ball.norm] / max(steps, 1))
     tally = None if report is None else GradientTally(report)
-    graph = trace(net, x)
+    try:
+        graph = trace(net, x)
+    except InputError as error:
+        raise UnsupportedError(str(error)) from None
+    check_exit(exit, len(graph.outputs))
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
         found = Found(x.clone(), x.new_full((len(x),), -math.inf), torch.zeros_like(y, dtype=torch.bool))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swiftsure.attacks._apgd import apgd
 from swiftsure.attacks._gradient import attacking, checked_inputs, looked_at
 from swiftsure.attacks._restarts import Found, worst_of
-from swiftsure.attacks.objectives import Judge, Logits, Objective, cross_entropy, margin
+from swiftsure.attacks.objectives import Judge, Logits, Objective, check_exit, cross_entropy, margin
 from swiftsure.ball import Ball
 from swiftsure.exits.policies import Policy
 
@@ -61,12 +61,14 @@ def gate_forcing(policy: Policy, exit: int, slack: float = SLACK) -> Objective:
 
     Args:
         policy: when samples leave.
-        exit: which one is to answer, from 0; the last one too.
+        exit: which one is to answer, from 0; -1 is the last.
         slack: how far each condition is pushed beyond what it needs.
 
     Raises:
-        InputError: when called on logits of another number of exits.
+        InputError: an exit that the policy does not have; when called, logits of another number of exits.
     """
+    check_exit(exit, policy.exits)
+    exit %= policy.exits
 
     def loss(logits: Logits, y: Tensor) -> Tensor:
         policy.require(len(logits))

@@ -27,6 +27,16 @@ def as_exits(output: Tensor | Logits) -> Logits:
     return (output,) if isinstance(output, Tensor) else tuple(output)
 
 
+def check_exit(exit: int, exits: int) -> None:
+    """Refuse what is no number of an exit, counted from 0 or, below 0, from the last.
+
+    Raises:
+        InputError: as said.
+    """
+    if isinstance(exit, bool) or not isinstance(exit, int) or not -exits <= exit < exits:
+        raise InputError(f"exit is {exit!r}; allowed: 0 to {exits - 1}, or -1 for the last")
+
+
 def cross_entropy(logits: Logits, y: Tensor) -> Tensor:
     """Cross-entropy of the last exit: (B,), nats."""
     return F.cross_entropy(logits[-1], y, reduction="none")
@@ -101,8 +111,7 @@ def single(exit: int, of: Callable[..., Tensor] = cross_entropy) -> Callable[...
     """
 
     def at_one_exit(logits: Logits, *labels: Tensor) -> Tensor:
-        if not -len(logits) <= exit < len(logits):
-            raise InputError(f"exit is {exit!r}; allowed: 0 to {len(logits) - 1}, or -1 for the last")
+        check_exit(exit, len(logits))
         return of((logits[exit],), *labels)
 
     return at_one_exit

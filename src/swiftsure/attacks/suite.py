@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._eight_bits import eight_bits
 from swiftsure.attacks._fgsm import fgsm
-from swiftsure.attacks._gradient import GradientReport, assert_inside, checked_inputs
+from swiftsure.attacks._gradient import GradientReport, assert_inside, check_count, checked_inputs
 from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._square import square
 from swiftsure.attacks.objectives import Judge, as_exits, dlr, margin, misclassified
 from swiftsure.ball import Ball
-from swiftsure.errors import InputError
+from swiftsure.errors import InputError, UnsupportedError
 from swiftsure.exits.multi_exit import Answer
 from swiftsure.modes import evaluating
 
@@ -86,6 +86,9 @@ class SuiteResult:
         exits: per attack name, (n,) int64, by which exit, from 0, its image of each sample leaves; empty where
             `run_suite` was not given what answers.
         costs: the same for multiply-adds.
+        broken_last: of networks with several exits that answer by a policy: per attack name, (n,) bool, whether the
+            last exit alone would be wrong on the same images (or on x itself); else empty. It says what the other exits
+            cost in robustness, as far as the attacks do not know the policy.
         skipped: per attack name, why it could not be run on this network; such an attack has no other entry.
     """
 
@@ -99,6 +102,7 @@ class SuiteResult:
     gradients: dict[str, GradientReport] = field(default_factory=dict)
     exits: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, Tensor] = field(default_factory=dict)
+    broken_last: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -125,6 +129,13 @@ class SuiteResult:
     def accuracy(self) -> dict[str, float]:
         """Robust accuracy per attack name and for their "union", fractions of n."""
         return _left({**self.broken, "union": self.union})
+
+    @property
+    def accuracy_last(self) -> dict[str, float]:
+        """What the last exit alone would get right of the same images; empty where that is not known."""
+        if not self.broken_last:
+            return {}
+        return _left({**self.broken_last, "union": torch.stack([*self.broken_last.values()]).any(0)})
 
     @property
     def accuracy_8bit(self) -> dict[str, float]:
@@ -174,25 +185,30 @@ def run_suite(
         clock: what seconds are read from.
 
     Raises:
-        InputError: unknown suite, no samples, a batch below 1, or images or labels that do not fit.
+        InputError: unknown suite, no samples, a batch below 1, images or labels that do not fit, or options that an
+            attack refuses.
+        UnsupportedError: no attack can read the network. If some can, the others are in `skipped`.
     """
     if attacks is None:
         if suite not in SUITES:
             raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
         attacks = SUITES[suite]
-    if batch < 1:
-        raise InputError(f"batch is {batch}; allowed: an integer >= 1")
+    check_count("batch", batch, 1)
     x, y = checked_inputs(net, x, y, ball)
     if len(x) == 0:
         raise InputError("there is no sample to attack; at least 1 is needed")
     device = next((parameter.device for parameter in net.parameters()), x.device)
     starts = range(0, len(x), batch)
+    several = answer is not None and getattr(net, "exits", 1) > 1
 
     def verdict(images: Tensor, labels: Tensor) -> _Verdict:
         """One fresh forward pass."""
         with evaluating(net), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             if answer is not None:
-                return _Verdict.of(answer(images), labels)
+                found = _Verdict.of(answer(images), labels)
+                if several:
+                    found.last = misclassified(as_exits(net(images)), labels).cpu()
+                return found
             logits = as_exits(net(images))
             return _Verdict(judge(logits, labels).cpu(), margin(logits, labels).cpu())
 
@@ -201,11 +217,12 @@ def run_suite(
     clean_macs = torch.cat([part.macs for part in before if part.macs is not None] or [torch.empty(0)])
     clean_exit = torch.cat([part.exit for part in before if part.exit is not None] or [torch.empty(0)])
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
+    last = torch.cat([part.last for part in before if part.last is not None] or [torch.empty(0)])
     worst = _Worst(result.worst, wrong.clone(), torch.cat([part.margin for part in before]))
     for name, attack in attacks.items():
         began = clock()
         report, broken, broken_8bit = GradientReport(), wrong.clone(), wrong.clone()
-        macs, exit = clean_macs.clone(), clean_exit.clone()
+        macs, exit, broken_last = clean_macs.clone(), clean_exit.clone(), last.clone()
         for start in starts:
             index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
             if len(index):
@@ -216,8 +233,7 @@ def run_suite(
                     x_adv = attack(
                         net, clean.clone(), labels, ball, judge=judge, generator=generator, report=report
                     )
-                except InputError as error:
-                    # Images and ball were checked: what is left is a network that this attack cannot read.
+                except UnsupportedError as error:
                     result.skipped[name] = str(error)
                     break
                 found = verdict(assert_inside(x_adv, clean, ball), labels)
@@ -225,6 +241,8 @@ def run_suite(
                 found_8bit = verdict(rounded, labels)
                 found_8bit.broken &= inside.cpu()
                 broken[index], broken_8bit[index] = found.broken | found_8bit.broken, found_8bit.broken
+                if found.last is not None and found_8bit.last is not None:
+                    broken_last[index] |= found.last | (found_8bit.last & inside.cpu())
                 if found.macs is not None and found.exit is not None:
                     macs[index], exit[index] = found.macs, found.exit
                 worst.offer(index, x_adv.cpu(), found)
@@ -237,9 +255,13 @@ def run_suite(
                 progress(name, len(x), len(x))
             continue
         result.broken[name], result.broken_8bit[name], result.gradients[name] = broken, broken_8bit, report
+        if len(broken_last):
+            result.broken_last[name] = broken_last
         if len(macs):
             result.costs[name], result.exits[name] = macs, exit
         result.seconds[name] = clock() - began
+    if attacks and not result.broken:
+        raise UnsupportedError(f"no attack of the suite can read this network: {result.skipped}")
     return result
 
 
@@ -255,6 +277,8 @@ class _Verdict:
     """(B,), multiply-adds, where they are known."""
     exit: Tensor | None = None
     """(B,), by which each sample left, where that is known."""
+    last: Tensor | None = None
+    """(B,) bool, whether the last exit is wrong, where there are others."""
 
     @classmethod
     def of(cls, answer: Answer, labels: Tensor) -> _Verdict:

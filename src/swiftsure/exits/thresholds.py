@@ -124,7 +124,8 @@ def within_macs(
 
     The search starts from policies that let a constant share of the remaining samples leave at each exit, and from
     those that use one side exit alone; then it moves one threshold, or two at once, over quantiles, while that helps.
-    Of equally accurate policies the cheaper one is kept.
+    Of equally accurate policies the strictest is kept, the one whose laxest threshold is least: the budget is there to
+    be used, and a cheaper policy that loses none of these samples yet stands closer to losing others.
 
     Args:
         logits: of each of K exits, (N, classes), on held-out samples.
@@ -178,6 +179,8 @@ class _Search:
         places = [round(share * self.samples) for share in _SHARES]
         # (K - 1, grid): from "nobody leaves" to "all do".
         self.grid = torch.tensor([[_behind(row, place) for place in places] for row in ordered])
+        # Sums of thresholds are compared; what stands below every score does as well as minus infinity.
+        self.floor = float(self.scores.min()) - 1.0
 
     def run(self) -> Tensor:
         """The best thresholds found: (K - 1,)."""
@@ -220,15 +223,18 @@ class _Search:
                 moved[:, first], moved[:, second] = pairs[:, 0], pairs[:, 1]
                 yield moved
 
-    def _best(self, thresholds: Tensor) -> tuple[Tensor, tuple[float, float]]:
-        """The best of some policies (P, K - 1), and its (accuracy, minus cost); outside the budget none counts."""
-        found: tuple[Tensor, tuple[float, float]] | None = None
+    def _best(self, thresholds: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        """The best of some policies (P, K - 1), and its (accuracy, minus laxest threshold, minus the sum of all).
+
+        Outside the budget none counts. An exit that nobody may leave by has a threshold of minus infinity.
+        """
+        found: tuple[Tensor, tuple[float, ...]] | None = None
         for part in thresholds.split(max(1, 4_000_000 // (self.samples * (self.sides + 1)))):
             accuracy, cost = self._measured(part)
             accuracy = accuracy.masked_fill(cost > self.budget * (1 + 1e-12), -1.0)
-            highest = accuracy.max()
-            index = int(cost.masked_fill(accuracy < highest, math.inf).argmin())
-            rank = (float(accuracy[index]), -float(cost[index]))
+            strict = part.clamp_min(self.floor)
+            ranks = zip(accuracy.tolist(), (-strict.amax(1)).tolist(), (-strict.sum(1)).tolist(), strict=True)
+            rank, index = max((rank, index) for index, rank in enumerate(ranks))
             if found is None or rank > found[1]:
                 found = part[index], rank
         assert found is not None
