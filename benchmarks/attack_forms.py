@@ -22,7 +22,7 @@ from torch import Tensor
 
 import swiftsure as ss
 from subjects import untrained
-from swiftsure.attacks import at_exit, average, max_average, pgd, single
+from swiftsure.attacks import at_exit, average, max_average, never, pgd, single
 from swiftsure.exits import MultiExit
 from swiftsure.recipe import Attack
 from swiftsure.training.adversary import adversary
@@ -36,24 +36,26 @@ def calls(
     net: MultiExit, static: torch.nn.Module, x: Tensor, y: Tensor, ball: ss.Ball, steps: int
 ) -> dict[str, Timed]:
     """What is timed, by name."""
+    # All samples to the last step, as in training.
+    ascent = partial(pgd, judge=never)
 
     def each_exit() -> Tensor:
         return torch.stack(
-            [pgd(net, x, y, ball, objective=single(exit), steps=steps) for exit in range(net.exits)]
+            [ascent(net, x, y, ball, objective=single(exit), steps=steps) for exit in range(net.exits)]
         )
 
     half = adversary(Attack("max_average", steps=steps, precision="bfloat16"), ball, net.exits)
     # The layout in which training has it.
     laid_out = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return {
-        STATIC: Timed(lambda: pgd(static, x, y, ball, steps=steps)),
-        NAIVE: Timed(lambda: pgd(net, x, y, ball, objective=single(-1), steps=steps)),
+        STATIC: Timed(lambda: ascent(static, x, y, ball, steps=steps)),
+        NAIVE: Timed(lambda: ascent(net, x, y, ball, objective=single(-1), steps=steps)),
         ALL_NAIVE: Timed(each_exit),
         **{
             name: Timed(partial(at_exit, net, x, y, ball, exit=exit, steps=steps))
             for exit, name in enumerate([*(f"exit{number}" for number in range(1, net.exits)), "main"])
         },
-        "average": Timed(lambda: pgd(net, x, y, ball, objective=average(), steps=steps)),
+        "average": Timed(lambda: ascent(net, x, y, ball, objective=average(), steps=steps)),
         "max_average": Timed(lambda: max_average(net, x, y, ball, steps=steps)),
         "max_average, bfloat16": Timed(lambda: half(laid_out, x, y, ball)),
     }

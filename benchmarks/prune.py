@@ -120,8 +120,9 @@ def note_gradients(net: nn.Module, recipe: Recipe, images: data.ImageSet) -> Non
     for part in chosen.split(256):
         x, y = images.batch(part, device)
         x_adv = attacks.pgd(
-            net, x, y, recipe.ball.build(), steps=recipe.loss.attack.steps, generator=generator
-        )
+            net, x, y, recipe.ball.build(),
+            judge=attacks.never, steps=recipe.loss.attack.steps, generator=generator,
+        )  # fmt: skip
         loss: Tensor = F.cross_entropy(net(x), y, reduction="sum") + F.cross_entropy(
             net(x_adv), y, reduction="sum"
         )

@@ -36,7 +36,10 @@ def plain(net: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator) -> Tenso
 
 def adversarial(net: nn.Module, x: Tensor, y: Tensor, draws: torch.Generator) -> Tensor:
     def attack(net: nn.Module, x: Tensor, y: Tensor, ball: ss.Ball) -> Tensor:
-        return ss.attacks.pgd(net, x, y, ball, steps=PGD_STEPS, step_size=PGD_STEP_SIZE, generator=draws)
+        return ss.attacks.pgd(
+            net, x, y, ball,
+            judge=ss.attacks.never, steps=PGD_STEPS, step_size=PGD_STEP_SIZE, generator=draws,
+        )  # fmt: skip
 
     return three_term_loss(
         net, x, y, ss.Ball(EPS), Loss(clean=0.0, attacked=1.0, proven=False), 0.0, attack=attack

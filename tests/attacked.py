@@ -49,6 +49,8 @@ class Counted(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
+        # Without it, attacks would pass one image to learn how many classes there are.
+        self.config = {"classes": None}
         self.seen: list[int] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

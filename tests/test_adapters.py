@@ -37,7 +37,7 @@ def answers(net: nn.Module, x: Tensor) -> Tensor:
 
 def test_a_script_of_autoattack_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     net, (x, y) = network(0).eval(), problem()
-    assert AutoAttack(net).attacks_to_run == ["apgd-ce", "apgd-t", "square"]
+    assert AutoAttack(net).attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
     # These two alone, as the others take their time.
     names = ["apgd-ce", "apgd-dlr"]
     adversary = AutoAttack(
@@ -77,6 +77,7 @@ def test_versions_and_norms() -> None:
         "apgd-ce",
         "apgd-dlr",
         "apgd-t",
+        "fab-t",
         "square",
     ]
     x, y = problem(12)
@@ -117,8 +118,8 @@ def test_what_autoattack_here_cannot_do(options: dict, message: str) -> None:
 
 
 def test_an_attack_that_is_not_here() -> None:
-    adversary = AutoAttack(network(0), version="custom", attacks_to_run=["fab-t"], verbose=False)
-    with pytest.raises(InputError, match=r"'fab-t' .*; allowed: apgd-ce, apgd-dlr, apgd-t, square"):
+    adversary = AutoAttack(network(0), version="custom", attacks_to_run=["fab"], verbose=False)
+    with pytest.raises(InputError, match=r"'fab'; allowed: apgd-ce, apgd-dlr, apgd-t, fab-t, square"):
         adversary.run_standard_evaluation(*problem(2))
 
 

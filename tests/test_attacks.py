@@ -1,6 +1,7 @@
 """fgsm and pgd: analytic optima of linear networks, what they leave untouched, and what they never do."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from swiftsure.attacks import (
     margin,
     max_average,
     misclassified,
+    never,
     pgd,
     single,
 )
@@ -46,8 +48,8 @@ def test_linear_optimum(norm, size, clipped):
         torch.testing.assert_close(best, torch.full((8,), eps * dual.item()).double(), rtol=1e-5, atol=0)
     for x_adv, tolerance in (
         (fgsm(net, x, y, ball), 1e-3),
-        (pgd(net, x, y, ball, objective=margin, generator=generator()), 0.01),
-        (pgd(net, x, y, ball, random_start=False), 0.01),
+        (pgd(net, x, y, ball, objective=margin, judge=never, generator=generator()), 0.01),
+        (pgd(net, x, y, ball, judge=never, random_start=False), 0.01),
     ):
         gain = ((x_adv - x).flatten(1) @ w).double()
         assert (gain >= (1 - tolerance) * best).all()
@@ -138,7 +140,7 @@ def test_works_where_gradients_are_off(context):
     assert torch.equal(got, wanted)
 
 
-def test_broken_samples_drop_out_of_later_restarts():
+def test_broken_samples_drop_out():
     """Logits (bias, mean pixel): in a ball of .1 the images at .5 stay below .7, those at .65 pass it."""
     net = linear(4)
     net[1].weight.data = torch.tensor([[0.0], [1 / 16]]).expand(2, 16).clone()
@@ -146,10 +148,20 @@ def test_broken_samples_drop_out_of_later_restarts():
     x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.long)
     x[3:] = 0.65
     counted = Counted(net)
-    x_adv = pgd(counted, x, y, Ball(0.1), steps=4, restarts=3, generator=generator())
+    options = {"steps": 4, "step_size": 0.04, "random_start": False, "generator": generator()}
+    x_adv = pgd(counted, x, y, Ball(0.1), restarts=3, **options)
     assert misclassified((net(x_adv),), y).tolist() == [False] * 3 + [True] * 3
-    # Four gradient steps and one verdict per restart; half of the samples are done after the first.
-    assert counted.seen == [6] * 5 + [3] * 10
+    # Four gradient steps and one verdict per restart; half of the samples are done after two steps of the first.
+    assert counted.seen == [6] * 3 + [3] * 12
+    torch.testing.assert_close(
+        x_adv[3:], torch.full_like(x[3:], 0.73), msg="the first broken point, not a later one"
+    )
+    torch.testing.assert_close(x_adv[:3], torch.full_like(x[3:], 0.6))
+    # The judge `never` runs all to the end.
+    counted.seen.clear()
+    x_adv = pgd(counted, x, y, Ball(0.1), judge=never, **options)
+    assert counted.seen == [6] * 4
+    torch.testing.assert_close(x_adv[3:], torch.full_like(x[3:], 0.75))
 
 
 def test_restarts_keep_the_worst():
@@ -202,6 +214,8 @@ def test_first_start():
 class Kinked(nn.Module):
     """Row 0: no gradient. Row 1: NaN. Row 2: NaN in its first pixel. Others: a plain sum."""
 
+    config: ClassVar = {"classes": 2}
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(1)
         factor = torch.ones_like(flat)
@@ -218,7 +232,10 @@ def test_useless_gradients_are_counted_and_harmless(norm):
         return logits[-1][:, 1]
 
     report = GradientReport()
-    x_adv = pgd(Kinked(), x, y, ball, objective=first_pixel_nan, steps=4, random_start=False, report=report)
+    x_adv = pgd(
+        Kinked(), x, y, ball,
+        objective=first_pixel_nan, judge=never, steps=4, random_start=False, report=report,
+    )  # fmt: skip
     assert (report.samples, report.zero, report.nonfinite) == (20, 4, 8)
     assert (report.zero_share, report.nonfinite_share) == (0.2, 0.4)
     torch.testing.assert_close(x_adv[:2], x[:2], rtol=0, atol=1e-6)
@@ -240,9 +257,8 @@ def test_a_network_without_gradients_is_counted_not_crashed():
 
     for net in (Gate(), Gate().requires_grad_(False)):
         report = GradientReport()
-        x_adv = pgd(
-            net, images(0, 3, 1, 4, 4), torch.zeros(3, dtype=torch.long), Ball(0.1), steps=2, report=report
-        )
+        x, y = images(0, 3, 1, 4, 4), torch.zeros(3, dtype=torch.long)
+        x_adv = pgd(net, x, y, Ball(0.1), judge=never, steps=2, report=report)
         assert report.zero == report.samples == 6
         assert x_adv.isfinite().all()
 
@@ -265,7 +281,10 @@ def test_objectives_by_hand(classes):
 def test_exits_are_attacked_one_by_one_or_together():
     net, x, y, ball = TwoExits(), images(0, 12, 1, 4, 4), torch.arange(12) % 3, Ball(0.2)
     aims = {"main": cross_entropy, "first": single(0), "last": single(-1), "average": average()}
-    found = {aim: pgd(net, x, y, ball, objective=loss, generator=generator()) for aim, loss in aims.items()}
+    found = {
+        aim: pgd(net, x, y, ball, objective=loss, judge=never, generator=generator())
+        for aim, loss in aims.items()
+    }
     loss = {aim: [single(i)(net(x_adv), y).sum().item() for i in (0, 1)] for aim, x_adv in found.items()}
     assert torch.equal(found["main"], found["last"])
     assert loss["first"][0] > loss["average"][0] > loss["main"][0]

@@ -9,10 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks import _exits, apgd, at_exit, cross_entropy, fgsm, max_average, pgd, single, square
+from swiftsure.attacks import (
+    _exits,
+    apgd,
+    at_exit,
+    cross_entropy,
+    fgsm,
+    max_average,
+    misclassified,
+    never,
+    pgd,
+    single,
+    square,
+)
 from swiftsure.attacks._exits import all_exits
 from swiftsure.attacks._own_exits import OwnExits, UpTo
 from swiftsure.ball import Ball
+from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit
 
 BALL = Ball(0.1)
@@ -51,7 +64,10 @@ def network() -> MultiExit:
     ]
     sides = [4 * 36, 6 * 16, 8 * 4]
     heads = [nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(size, 5)) for size in sides]
-    return MultiExit(stages, heads)
+    net = MultiExit(stages, heads)
+    # Without it, attacks would pass one image to learn how many classes there are.
+    net.config = {"classes": 5}
+    return net
 
 
 @pytest.fixture
@@ -87,14 +103,14 @@ def test_an_attack_on_one_exit_runs_nothing_behind_it(
     found = at_exit(net, x, y, BALL, exit=exit, steps=4, generator=drawn())
     reached = exit % 3
     assert [len(calls) for calls in rows(net)] == [4] * (reached + 1) + [0] * (2 - reached)
-    whole = pgd(net, x, y, BALL, objective=single(exit), steps=4, generator=drawn())
+    whole = pgd(net, x, y, BALL, objective=single(exit), judge=never, steps=4, generator=drawn())
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
     assert torch.equal(at_exit(Plain(net), x, y, BALL, exit=exit, steps=4, generator=drawn()), whole)
 
 
-def test_restarts_go_by_the_exit_that_is_attacked(net: MultiExit, images: tuple[Tensor, Tensor]) -> None:
+def test_a_judge_goes_by_the_exit_that_is_attacked(net: MultiExit, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    options: dict[str, Any] = {"steps": 2, "restarts": 3}
+    options: dict[str, Any] = {"steps": 2, "restarts": 3, "judge": misclassified}
     found = at_exit(net, x, y, BALL, exit=0, generator=drawn(), **options)
     assert torch.equal(found, at_exit(Plain(net), x, y, BALL, exit=0, generator=drawn(), **options))
 
@@ -126,7 +142,7 @@ def test_max_average_is_the_same_on_copies(
 
 @pytest.mark.usefixtures("_copies_on_cpu")
 def test_every_inner_attack_still_works(net: MultiExit, images: tuple[Tensor, Tensor]) -> None:
-    """square drops samples on its way: it starts again, with the same draws, exit by exit."""
+    """Only one run of pgd is made for all exits at once; whatever else is asked for goes exit by exit."""
     x, y = images
 
     def one_step(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, objective: Any, judge: Any) -> Tensor:
@@ -147,21 +163,9 @@ def test_every_inner_attack_still_works(net: MultiExit, images: tuple[Tensor, Te
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-6)
 
 
-def test_copies_are_refused_to_attacks_that_drop_samples(
-    net: MultiExit, images: tuple[Tensor, Tensor]
-) -> None:
-    x, y = images
-
-    def dropping(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: Any, **_: Any) -> Tensor:
-        start = ball.sample(x, generator)
-        # A multiple of K rows, so that only their number can give it away.
-        net(start[: len(x) // 2])
-        return start
-
-    generator = drawn()
-    before = generator.get_state()
-    assert all_exits(net, x, y, BALL, attack=dropping, generator=generator) is None
-    assert torch.equal(generator.get_state(), before)
+def test_copies_are_all_or_none(net: MultiExit, images: tuple[Tensor, Tensor]) -> None:
+    with pytest.raises(InputError, match="18 rows; allowed: 3 copies of 12 images"):
+        OwnExits(net, 12)(images[0].repeat(2, 1, 1, 1)[:18])
 
 
 def test_parts_share_modules_and_leave_modes_alone(net: MultiExit, images: tuple[Tensor, Tensor]) -> None:
@@ -193,5 +197,6 @@ def test_heads_and_stages_that_work_in_place(images: tuple[Tensor, Tensor]) -> N
         z = UpTo(net, number)(x)
         torch.testing.assert_close(OwnExits(net, 12)(x.repeat(2, 1, 1, 1))[12 * number :][:12], z)
         assert torch.equal(z, net(x)[number])
-        alone = pgd(net, x, y, BALL, objective=single(number, cross_entropy), steps=3, random_start=False)
+        aim = single(number, cross_entropy)
+        alone = pgd(net, x, y, BALL, objective=aim, judge=never, steps=3, random_start=False)
         torch.testing.assert_close(found[number], alone, rtol=0, atol=1e-6)

@@ -17,6 +17,7 @@ from swiftsure.attacks import (
     GradientReport,
     apgd,
     apgd_targeted,
+    fab_targeted,
     interval_attack,
     margin,
     max_average,
@@ -35,6 +36,8 @@ from trained import BALLS, held_out, network
 METHODS = {
     "apgd": partial(apgd, steps=12),
     "apgd_targeted": partial(apgd_targeted, steps=6),
+    "fab_targeted": partial(fab_targeted, steps=8, random_start=True),
+    "pgd": partial(pgd, steps=4),
     "square": partial(square, steps=20),
     "wrm": partial(wrm, steps=3),
     "interval": partial(interval_attack, steps=3, restarts=2),
@@ -146,8 +149,12 @@ def test_few_classes(name, norm, classes):
         # Half of the samples are broken after the first step; what was asked along with that verdict is counted.
         ("apgd", 6 * 2 + 3 * 10 + 3 * 12),
         ("apgd_targeted", 6 * 2 + 3 * 4 + 3 * 6),
-        # After the first of two gradient attacks of each restart.
-        ("interval", 6 * 3 + 3 * 3 + 2 * 3 * 3),
+        ("interval", 6 * 2 + 3 * 1 + 3 * 3 + 2 * 3 * 3),
+        ("pgd", 6 * 2 + 3 * 2 + 3 * 4),
+        ("wrm", 6 * 2 + 3 * 1 + 3 * 3),
+        # In one step a little beyond the boundary: half are done, the others outside the ball, each time with another
+        # gradient on the way back.
+        ("fab_targeted", 6 * 2 + 3 + 6 * 6 + 3 + 7 * 6),
         ("square", 0),
     ],
 )
@@ -160,7 +167,13 @@ def test_broken_samples_drop_out(name, gradients):
     x[3:] = 0.65
     counted, report = Counted(net), GradientReport()
     options = {"restarts": 2, "generator": generator(), "report": report}
-    options |= {"interval": {"step_size": 0.1}, "square": {"steps": 60}}.get(name, {})
+    options |= {
+        "interval": {"step_size": 0.1},
+        "fab_targeted": {"random_start": False},
+        "pgd": {"step_size": 0.1, "random_start": False},
+        "square": {"steps": 60},
+        "wrm": {"objective": lambda logits, y: 1e3 * margin(logits, y)},
+    }.get(name, {})
     x_adv = METHODS[name](net if name == "interval" else counted, x, y, Ball(0.1), **options)
     assert misclassified((net(x_adv),), y).tolist() == [False] * 3 + [True] * 3
     assert report.samples == gradients

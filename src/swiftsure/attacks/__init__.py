@@ -2,6 +2,7 @@
 
 from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
+from swiftsure.attacks._fab import fab_targeted
 from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import Gradient, GradientReport, input_gradient
 from swiftsure.attacks._interval import interval_attack
@@ -54,6 +55,7 @@ __all__ = [
     "delayed",
     "deployed",
     "dlr",
+    "fab_targeted",
     "fgsm",
     "force_gates",
     "gate_forcing",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._gradient import attacking, checked_inputs, looked_at
-from swiftsure.attacks._own_exits import OwnExits, RowsMissingError, UpTo
+from swiftsure.attacks._own_exits import OwnExits, UpTo
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks.objectives import (
@@ -18,7 +18,6 @@ from swiftsure.attacks.objectives import (
     as_exits,
     average,
     cross_entropy,
-    misclassified,
     never,
     single,
 )
@@ -40,6 +39,7 @@ def at_exit(
     exit: int,
     attack: Callable[..., Tensor] = pgd,
     objective: Objective = cross_entropy,
+    judge: Judge = never,
     **options: Any,
 ) -> Tensor:
     """RDI-Nets' single attack: one exit alone, at the cost of the network up to there (where it is a `MultiExit`).
@@ -50,8 +50,10 @@ def at_exit(
         y: labels, (B,), integers.
         ball: the threat model.
         exit: its number, from 0; -1 for the last.
-        attack: the inner method. Where it needs to know what is broken, it goes by this exit's label.
+        attack: the inner method.
         objective: of that exit.
+        judge: what counts as broken, of that exit. By default nothing does: an image that only just fools this exit
+            need not leave by it.
         options: of the inner attack, such as steps, restarts, generator and report.
 
     Returns:
@@ -63,9 +65,9 @@ def at_exit(
     if isinstance(net, MultiExit):
         if not -net.exits <= exit < net.exits:
             raise InputError(f"exit is {exit!r}; allowed: 0 to {net.exits - 1}, or -1 for the last")
-        return attack(UpTo(net, exit), x, y, ball, objective=objective, judge=misclassified, **options)
-    asked = {"objective": single(exit, objective), "judge": single(exit, misclassified)}
-    return attack(net, x, y, ball, **asked, **options)
+        return attack(UpTo(net, exit), x, y, ball, objective=objective, judge=judge, **options)
+    asked = never if judge is never else single(exit, judge)
+    return attack(net, x, y, ball, objective=single(exit, objective), judge=asked, **options)
 
 
 def max_average(
@@ -81,7 +83,7 @@ def max_average(
 ) -> Tensor:
     """Attack each exit alone; keep, per sample, the image with the largest sum of the objective over all exits.
 
-    Of a `MultiExit` each attack runs the stages up to its own exit only; on a GPU small batches are attacked at all
+    Of a `MultiExit` each attack runs the stages up to its own exit only; on a GPU pgd attacks small batches at all
     exits at once. Neither changes the images but by rounding, given the same starts.
 
     Args:
@@ -108,8 +110,9 @@ def max_average(
     at_once = None
     if isinstance(net, MultiExit):
         exits = net.exits
-        if judge is never and exits * len(x) <= _ROWS.get(x.device.type, 0):
-            at_once = all_exits(net, x, y, ball, attack=attack, objective=objective, **options)
+        alone = judge is never and attack is pgd and options.get("restarts", 1) == 1
+        if alone and exits * len(x) <= _ROWS.get(x.device.type, 0):
+            at_once = all_exits(net, x, y, ball, objective=objective, **options)
     else:
         with attacking(net), torch.no_grad():
             exits = len(as_exits(net(x[:1])))
@@ -118,7 +121,6 @@ def max_average(
         if at_once is not None:
             x_adv = at_once[number]
         elif judge is never:
-            # Between its own restarts the inner attack goes by the exit that it attacks.
             x_adv = at_exit(net, x, y, ball, exit=number, attack=attack, objective=objective, **options)
         else:
             x_adv = attack(net, x, y, ball, objective=single(number, objective), judge=judge, **options)
@@ -130,34 +132,13 @@ def max_average(
 
 
 def all_exits(
-    net: MultiExit,
-    x: Tensor,
-    y: Tensor,
-    ball: Ball,
-    *,
-    attack: Callable[..., Tensor] = pgd,
-    objective: Objective = cross_entropy,
-    **options: Any,
-) -> Tensor | None:
-    """`at_exit` for every exit, in one batch of K copies: (K, B, C, H, W).
+    net: MultiExit, x: Tensor, y: Tensor, ball: Ball, *, objective: Objective = cross_entropy, **options: Any
+) -> Tensor:
+    """`at_exit` by one run of pgd for every exit, in one batch of K copies: (K, B, C, H, W).
 
-    None where the inner attack cannot be run on copies, because it drops samples on its way; the generator is then
-    as it was. Arguments are those of `at_exit`.
+    Starts are drawn as if exit after exit was attacked. Arguments are those of `at_exit`.
     """
-    copies, generator = net.exits, options.get("generator")
-    before = None if generator is None else generator.get_state()
-    try:
-        found = attack(
-            OwnExits(net, len(x)),
-            x.repeat(copies, *[1] * (x.dim() - 1)),
-            y.repeat(copies),
-            ball,
-            objective=objective,
-            judge=misclassified,
-            **options,
-        )
-    except RowsMissingError:
-        if generator is not None and before is not None:
-            generator.set_state(before)
-        return None
-    return found.view(copies, *x.shape)
+    shape = (net.exits, *[1] * (x.dim() - 1))
+    copies = x.repeat(shape), y.repeat(net.exits)
+    found = pgd(OwnExits(net, len(x)), *copies, ball, objective=objective, judge=never, **options)
+    return found.view(net.exits, *x.shape)

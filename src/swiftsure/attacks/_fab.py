@@ -51,13 +51,13 @@ def fab_targeted(
     changes, wherever the ball ends (arXiv 1907.02044, algorithm 1, on margins of pairs of classes as in AutoAttack). It
     is at home in L2 and L1, where few of a ball's points are far from x.
 
-    A sample drops out of the batch at the first broken point inside the ball. For the others the nearest broken
-    point outside, projected onto the ball, or x itself where there was none.
+    A sample drops out of the batch at the first broken point inside the ball. Of the others the nearest point beyond a
+    boundary is projected onto the ball; where there was none, x itself stays.
 
     Args:
         net, x, y, ball, judge, targets, exit, generator, report: as for `apgd_targeted`.
         objective: (tuple of logits, y, target) -> (B,), 0 on the boundary and positive where the target wins.
-        steps: steps to the boundary per run; each takes one gradient, and another where its point was broken.
+        steps: steps to the boundary per run; each takes one gradient, and another where its point was beyond it.
         restarts: how many runs at most for each class; the first starts at x, further ones at random points half-way
             out.
         random_start: True: the first starts at random as well.
@@ -113,14 +113,15 @@ def _approach(
         if tally is not None and done < steps:
             tally.add(grad)
         broken = judge(logits, pair)
-        if bool(broken.any()):
+        beyond = broken | (gap > 0)
+        if bool(beyond.any()):
             distance = ball.distance(now, x)
-            closer = broken & (distance < nearest)
+            closer = beyond & (distance < nearest)
             nearest = torch.where(closer, distance, nearest)
             hit = broken & ball.contains(now, x)
             found.x_adv[left[closer | hit]] = now[closer | hit]
             found.loss[left[closer]], found.broken[left[hit]] = -distance[closer], True
-            back = (broken & ~hit)[~hit]
+            back = beyond[~hit]
             x, pair, now, nearest = x[~hit], pair[~hit], now[~hit], nearest[~hit]
             left, gap, grad = left[~hit], gap[~hit], grad[~hit]
             if done < steps and bool(back.any()):

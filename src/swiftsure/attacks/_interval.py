@@ -16,7 +16,7 @@ from swiftsure.attacks._gradient import (
     checked_inputs,
     looked_at,
 )
-from swiftsure.attacks._pgd import PATH, ascend, check_options
+from swiftsure.attacks._pgd import PATH, check_options, climb
 from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks.objectives import Judge, Objective, check_exit, cross_entropy, misclassified
 from swiftsure.ball import Ball
@@ -91,23 +91,25 @@ def interval_attack(
         found = Found(x.clone(), x.new_full((len(x),), -math.inf), torch.zeros_like(y, dtype=torch.bool))
         left = torch.arange(len(x), device=x.device)
 
-        def look(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        def keep(x_adv: Tensor, loss: Tensor, broken: Tensor) -> tuple[Tensor, Tensor]:
             """Keep what is better than before; x_adv and indices of the samples that still stand."""
-            logits, loss, _ = looked_at(net, x_adv, y[left], objective, gradient=False)
-            broken, loss = judge(logits, y[left]), loss.to(x.dtype)
             better = broken | (loss > found.loss[left])
             found.x_adv[left[better]], found.loss[left[better]] = x_adv[better], loss[better]
             found.broken[left] = broken
             return x_adv[~broken], left[~broken]
 
+        def look(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+            logits, loss, _ = looked_at(net, x_adv, y[left], objective, gradient=False)
+            return keep(x_adv, loss.to(x.dtype), judge(logits, y[left]))
+
         start = ball.sample(x, generator) if number > 0 else x.clone()
-        now, left = look(ascend(net, x, y, start, ball, objective, steps, step_size, tally))
+        now, left = keep(*climb(net, x, y, start, ball, objective, judge, steps, step_size, tally))
         for _ in range(moves):
             if len(left):
                 slope = worst_slope(graph, now, y[left], ball, exit)
                 now, left = look(ball.maximiser(x[left], slope))
         if len(left) and moves:
-            look(ascend(net, x[left], y[left], now, ball, objective, steps, step_size, tally))
+            keep(*climb(net, x[left], y[left], now, ball, objective, judge, steps, step_size, tally))
         return found
 
     with attacking(net):

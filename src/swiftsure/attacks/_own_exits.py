@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit
 from swiftsure.exits.counting import as_state
 
@@ -42,10 +43,6 @@ class UpTo(CutShort):
         return self.net.heads[self.exit](state[0].clone() if self.net.copies[self.exit] else state[0])
 
 
-class RowsMissingError(Exception):
-    """An attack asked `OwnExits` for some of its rows only; which exit those are for is not known."""
-
-
 class OwnExits(CutShort):
     """K copies of a batch in one, copy i of which leaves at exit i: a stage runs once, for all that go on.
 
@@ -61,6 +58,8 @@ class OwnExits(CutShort):
 
     def __init__(self, net: MultiExit, size: int) -> None:
         super().__init__(net)
+        # Labels were checked against the whole network, and one image alone cannot be passed.
+        self.config = {"classes": None, **(self.config or {})}
         self.size = size
         self.part = ("own exits of", size)
 
@@ -68,10 +67,10 @@ class OwnExits(CutShort):
         """(K * B, C, H, W), copy after copy, to logits (K * B, classes).
 
         Raises:
-            RowsMissingError: another number of rows.
+            InputError: another number of rows: which exits those are for is not known.
         """
         if len(x) != self.net.exits * self.size:
-            raise RowsMissingError
+            raise InputError(f"{len(x)} rows; allowed: {self.net.exits} copies of {self.size} images")
         state: tuple[Tensor, ...] = (x,)
         logits = []
         for stage, head, copied in zip(self.net.stages, self.net.heads, self.net.copies, strict=True):

@@ -20,7 +20,7 @@ from swiftsure.attacks._gradient import (
     looked_at,
 )
 from swiftsure.attacks._restarts import Found, worst_of
-from swiftsure.attacks.objectives import Judge, Objective, cross_entropy, misclassified
+from swiftsure.attacks.objectives import Judge, Objective, cross_entropy, misclassified, never
 from swiftsure.ball import Ball, steepest_l1
 from swiftsure.errors import InputError
 
@@ -51,9 +51,9 @@ def pgd(
 ) -> Tensor:
     """Ascend an objective from a random point of the ball, several times; keep the worst image per sample.
 
-    Each run ends with its last iterate. With several restarts a broken image beats any other, and among
-    unbroken ones the larger objective wins; a sample broken once takes no part in later restarts. The network
-    runs in evaluation mode, and its modes, its parameters and their .grad are left as they were found; the
+    A sample drops out of the batch at the first point that the judge counts as broken; the others end each run with
+    its last iterate, of which the one of largest objective is kept. With the judge `never` all run to the end. The
+    network runs in evaluation mode, and its modes, its parameters and their .grad are left as they were found; the
     caller may be inside torch.no_grad(). Where a gradient is NaN, that step moves nothing.
 
     Args:
@@ -62,7 +62,7 @@ def pgd(
         y: labels, (B,), integers.
         ball: the threat model.
         objective: what to ascend, (tuple of logits, y) -> (B,); default: cross-entropy of the last exit.
-        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; asked only between restarts.
+        judge: what counts as broken, (tuple of logits, y) -> (B,) bool.
         steps: gradient steps per restart; 0 returns the start.
         step_size: length of a step in the ball's norm, pixel units; for "1" the mean of steps that shrink
             to 0. None: 2.5 * eps / steps for "inf" (eps / 4 at 10 steps; enough to cross the ball
@@ -72,7 +72,8 @@ def pgd(
         random_start: True: every run starts at a random point of the ball. False: the first starts at x.
         generator: makes the starts reproducible; None draws from torch's global one.
         report: counts zero and non-finite gradients, if given.
-        gradient: how gradients are taken, such as `Replayed`.
+        gradient: how gradients are taken, such as `Replayed`; with another than the usual one the judge is asked only
+            between restarts.
 
     Returns:
         Adversarial images, shaped like x, inside the ball and the pixel range, outside any autograd graph.
@@ -89,22 +90,58 @@ def pgd(
         step_size = PATH[ball.norm] * ball.radius / max(steps, 1)
     tally = None if report is None else GradientTally(report)
 
-    def run(number: int, x: Tensor, y: Tensor) -> Tensor:
-        """One restart: start at x or at random, then ascend."""
+    def run(number: int, x: Tensor, y: Tensor) -> Found:
         start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
-        return ascend(net, x, y, start, ball, objective, steps, step_size, tally, gradient)
-
-    def judged(number: int, x: Tensor, y: Tensor) -> Found:
-        """One restart, and a last look at where it ended."""
-        x_adv = run(number, x, y)
+        if gradient is input_gradient and judge is not never:
+            return climb(net, x, y, start, ball, objective, judge, steps, step_size, tally)
+        x_adv = ascend(net, x, y, start, ball, objective, steps, step_size, tally, gradient)
+        if restarts == 1:
+            # Nothing to compare it with.
+            return Found(x_adv, x.new_zeros(len(x)), torch.zeros(len(x), dtype=torch.bool, device=x.device))
         logits, loss, _ = looked_at(net, x_adv, y, objective, gradient=False)
         return Found(x_adv, loss, judge(logits, y))
 
     with attacking(net):
-        worst = run(0, x, y) if restarts == 1 else worst_of(x, y, restarts, judged)
+        worst = run(0, x, y).x_adv if restarts == 1 else worst_of(x, y, restarts, run)
     if tally is not None:
         tally.close()
     return assert_inside(worst, x, ball)
+
+
+def climb(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    ball: Ball,
+    objective: Objective,
+    judge: Judge,
+    steps: int,
+    step_size: float,
+    tally: GradientTally | None,
+) -> Found:
+    """One run from a start in the ball, that samples leave at the first point that is broken."""
+    found = Found(
+        start.clone(),
+        x.new_full((len(x),), -math.inf),
+        torch.zeros(len(x), dtype=torch.bool, device=x.device),
+    )
+    rule, now, left = _RULES[ball.norm](ball, x, step_size), start, torch.arange(len(x), device=x.device)
+    for step in range(steps + 1):
+        logits, loss, grad = looked_at(net, now, y, objective, gradient=step < steps)
+        if tally is not None and step < steps:
+            tally.add(grad)
+        broken = judge(logits, y)
+        if step == steps or bool(broken.any()):
+            ends = broken if step < steps else torch.ones_like(broken)
+            found.x_adv[left[ends]], found.loss[left[ends]] = now[ends], loss[ends].to(x.dtype)
+            found.broken[left[ends]] = broken[ends]
+            x, y, now, grad, left = (part[~ends] for part in (x, y, now, grad, left))
+            if len(left) == 0:
+                break
+            rule = _RULES[ball.norm](ball, x, step_size)
+        now = rule(now, grad, step / steps)
+    return found
 
 
 def ascend(

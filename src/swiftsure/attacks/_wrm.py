@@ -47,7 +47,7 @@ def wrm(
         y: labels, (B,), integers.
         ball: the threat model.
         objective: what to ascend, (tuple of logits, y) -> (B,).
-        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; asked after each restart.
+        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; such a sample drops out of the batch.
         steps: gradient steps per restart; 0 returns the start.
         restarts: how many runs at most.
         random_start: True: every run starts at a random point of the ball. False: the first starts at x.
@@ -69,10 +69,21 @@ def wrm(
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
         now = ball.sample(x, generator) if random_start or number > 0 else x.clone()
-        for step in range(steps):
-            now = ball.project(_stepped(net, x, y, now, ball, objective, step, tally), x)
-        logits, loss, _ = looked_at(net, now, y, objective, gradient=False)
-        return Found(now, loss, judge(logits, y))
+        found = Found(now.clone(), x.new_zeros(len(x)), torch.zeros_like(y, dtype=torch.bool))
+        left = torch.arange(len(x), device=x.device)
+        for step in range(steps + 1):
+            logits, loss, grad = looked_at(net, now, y[left], objective, gradient=step < steps)
+            if tally is not None and step < steps:
+                tally.add(grad)
+            broken = judge(logits, y[left])
+            ends = broken if step < steps else torch.ones_like(broken)
+            found.x_adv[left[ends]], found.loss[left[ends]] = now[ends], loss[ends].to(x.dtype)
+            found.broken[left[ends]] = broken[ends]
+            now, grad, left = now[~ends], grad[~ends], left[~ends]
+            if len(left) == 0:
+                break
+            now = ball.project(_stepped(x[left], now, ball, grad, step), x[left])
+        return found
 
     with attacking(net):
         worst = worst_of(x, y, restarts, run)
@@ -110,26 +121,17 @@ def wrm_unprojected(
     now = x.clone()
     with attacking(net):
         for step in range(steps if len(x) else 0):
-            now = _stepped(net, x, y, now, ball, objective, step, tally).clamp(ball.low, ball.high)
+            grad = input_gradient(net, now, y, objective)
+            if tally is not None:
+                tally.add(grad)
+            now = _stepped(x, now, ball, grad, step).clamp(ball.low, ball.high)
     if tally is not None:
         tally.close()
     return now
 
 
-def _stepped(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    now: Tensor,
-    ball: Ball,
-    objective: Objective,
-    step: int,
-    tally: GradientTally | None,
-) -> Tensor:
+def _stepped(x: Tensor, now: Tensor, ball: Ball, grad: Tensor, step: int) -> Tensor:
     """The next iterate, before any projection."""
-    grad = input_gradient(net, now, y, objective)
-    if tally is not None:
-        tally.add(grad)
     # A gradient that is no number moves nothing; the penalty still draws back.
     ascent = ball.radius * torch.nan_to_num(grad, nan=0.0, posinf=0.0, neginf=0.0) - (now - x)
     return now + ascent / math.sqrt(step + 2)

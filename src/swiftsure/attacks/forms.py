@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
+from swiftsure.attacks._fab import fab_targeted
 from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import GradientReport
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._square import square
 from swiftsure.attacks._wrm import wrm
 from swiftsure.attacks.gates import deployed, force_gates
-from swiftsure.attacks.objectives import Objective, average, margin, never, random_mix, targeted_dlr
+from swiftsure.attacks.objectives import (
+    Objective,
+    average,
+    margin,
+    never,
+    random_mix,
+    targeted_dlr,
+    targeted_margin,
+)
 from swiftsure.attacks.suite import SUITES, Attack
 from swiftsure.ball import Ball
 from swiftsure.exits.policies import Policy
@@ -38,8 +48,8 @@ def attacks_for(
 
     With several exits an attack on the last one says little of what leaves earlier. So "quick" has the average and the
     max-average form of PGD as well, "standard" and "full" all forms and an average by apgd. With a policy those three
-    attack what is deployed too: the exit that answers, and, in "standard" and "full", each gate in turn; apgd-t and
-    square, which would read the last exit, then read the exit that answers.
+    attack what is deployed too: the exit that answers, and, in "standard" and "full", each gate in turn; apgd-t,
+    fab-t and square, which would read the last exit, then read the exit that answers.
 
     Args:
         suite: one of `SUITE_NAMES`.
@@ -99,9 +109,9 @@ def _of_the_suite(suite: str, exits: int, channels: int) -> dict[str, Attack]:
         steps, share = (40, 1 / 30) if channels == 1 else (20, 1 / 4)
         paper = partial(_stepping, steps=steps, share=share)
         return {
-            **_forms(f"pgd{steps}", paper, exits, every=True),
+            **_forms(f"pgd{steps}", partial(_to_the_end, paper), exits, every=True),
             **_forms("fgsm", _fgsm, exits),
-            **_forms("wrm", wrm, exits),
+            **_forms("wrm", partial(_to_the_end, wrm), exits),
         }
     attacks = dict(SUITES[suite])
     if exits > 1:
@@ -117,11 +127,12 @@ def _as_deployed(attacks: Mapping[str, Attack], policy: Policy, gates: bool) -> 
     """With the exit that answers where there was the last one alone, and with gates."""
     if not gates:
         return {**attacks, "pgd40_deployed": partial(pgd, steps=40, objective=deployed(policy))}
-    kept = {name: attack for name, attack in attacks.items() if name not in ("apgd_t", "square5000")}
+    kept = {name: attack for name, attack in attacks.items() if name not in ("apgd_t", "fab_t", "square5000")}
     return {
         **kept,
         "apgd_deployed": partial(apgd, objective=deployed(policy)),
         "apgd_t_deployed": partial(apgd_targeted, objective=deployed(policy, targeted_dlr)),
+        "fab_t_deployed": partial(fab_targeted, objective=deployed(policy, targeted_margin)),
         "apgd_gates": partial(force_gates, policy=policy),
         "square5000_deployed": partial(square, steps=5000, objective=deployed(policy, margin)),
     }
@@ -140,6 +151,11 @@ def _forms(name: str, method: Callable[..., Tensor], exits: int, every: bool = F
         forms[f"{name}_average"] = partial(method, objective=average())
         forms[f"{name}_max_average"] = partial(_as_in_the_paper, method)
     return forms
+
+
+def _to_the_end(method: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """RDI-Nets' attacks know no judge: each ends with its last iterate, broken or not."""
+    return method(*args, **{**options, "judge": never})
 
 
 def _one_exit(

@@ -190,8 +190,9 @@ def _withstands(net: nn.Module, x: Tensor, label: Tensor, ball: Ball, policy: Po
     for objective in objectives:
         for part in withstands.nonzero()[:, 0].split(256):
             found = pgd(
-                net, x[part], label[part], ball, objective=objective, steps=ATTACK_STEPS, random_start=False
-            )
+                net, x[part], label[part], ball,
+                objective=objective, judge=policy.misclassified, steps=ATTACK_STEPS, random_start=False,
+            )  # fmt: skip
             withstands[part] = ~policy.misclassified(as_exits(net(found)), label[part])
     return withstands
 

@@ -14,6 +14,7 @@ from swiftsure.attacks import (
     cross_entropy,
     input_gradient,
     max_average,
+    never,
     pgd,
     random_mix,
 )
@@ -57,6 +58,8 @@ def adversary(
             "step_size": None,
             "random_start": attack.random_start,
             "generator": draws,
+            # Images that only just fool the network teach it little, and no step waits for a number.
+            "judge": never,
             "gradient": gradient if attack.form != "mix" or exits == 1 else input_gradient,
         }
         if attack.step_size is not None and ball.radius > 0:
