@@ -108,6 +108,35 @@ def masked() -> MultiExit:
     return MultiExit([nn.Identity(), nn.Identity()], [Details(), sound], Policy("entropy", [1.0])).eval()
 
 
+class Coarse(nn.Module):
+    """Logits of a head rounded to halves: where it is deployed, its gradient is 0."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * self.head(x)).round() / 2
+
+
+class Steps(nn.Module):
+    """Pixels rounded to 32 levels before a head reads them."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x * 31).round() / 31)
+
+
+def masked_and_rounded(cover: Callable[[nn.Module], nn.Module]) -> MultiExit:
+    """The weak head behind its threshold gives no gradient either; the sound one does, so no attack is quite blind."""
+    sound = network(0.5, seed=1).eval()
+    heads = [cover(Details()), sound]
+    return MultiExit([nn.Identity(), nn.Identity()], heads, Policy("entropy", [1.0])).eval()
+
+
 DEFENCES: dict[str, Callable[[], nn.Module]] = {
     "logits times 1e4": lambda: Loud(network(0).eval()),
     "rounded inputs": lambda: Rounded(network(0).eval()),
@@ -115,5 +144,7 @@ DEFENCES: dict[str, Callable[[], nn.Module]] = {
     "argmax gate": lambda: Gated(network(0).eval()),
     "detector without gradients": lambda: Detecting(network(0).eval()),
     "masked weak exit": masked,
+    "masked weak exit, rounded logits": lambda: masked_and_rounded(Coarse),
+    "masked weak exit, rounded inputs": lambda: masked_and_rounded(Steps),
 }
 """By name: a builder of the defended network, in evaluation mode."""

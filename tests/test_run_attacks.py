@@ -12,7 +12,7 @@ import torch
 
 import small_run
 import swiftsure as ss
-from swiftsure import evaluation, report, results, samples
+from swiftsure import evaluation, report, results, run_attacks, samples
 from swiftsure.attacks import SLOWDOWNS
 from swiftsure.attacks.guards import CHECKS
 from swiftsure.cli import main
@@ -52,7 +52,8 @@ def test_every_attack_has_its_figures(exits: Path) -> None:
     found = results.read(exits)
     attacked, forced = found["attacked"], found["macs"]["by_attack"]
     names = ["fgsm", "pgd40", "pgd40_average", "pgd40_max_average", "pgd40_deployed", "transfer_twin"]
-    assert list(attacked["accuracy"]) == list(attacked["accuracy_8bit"]) == [*names, "union"]
+    # One image is broken by guards alone, which counts as one more attack; what it costs is not noted.
+    assert list(attacked["accuracy"]) == list(attacked["accuracy_8bit"]) == [*names, "guards", "union"]
     for name, value in attacked["accuracy"].items():
         assert value <= attacked["accuracy_8bit"][name]
     assert list(forced) == [*names, *SLOWDOWNS] == list(found["seconds"]["by_attack"])
@@ -78,6 +79,9 @@ def test_the_table_of_samples(exits: Path) -> None:
         for name, value in found["attacked"][part].items():
             assert 1 - table[f"{kind}:{name}"].mean() == pytest.approx(value)
     assert (table["attack_8bit:union"] <= table["attack:union"]).all()
+    last = found["attacked"]["accuracy_last"]
+    assert list(last) == list(found["attacked"]["accuracy"])
+    assert all(last["union"] <= value <= 1 for value in last.values())
     assert table["slow_macs"].mean() == pytest.approx(found["macs"]["slowdown"])
     net = ss.load(exits)
     assert isinstance(net, MultiExit)
@@ -106,7 +110,9 @@ def test_it_is_printed_next_to_the_figure(
     place = next(number for number, line in enumerate(lines) if line.startswith("attacked "))
     assert f"{100 * attacked['accuracy']['union']:.2f}%" in lines[place]
     assert lines[place + 1].strip() == f"{attacked['guards']['verdict']}: {attacked['guards']['reason']}"
-    assert lines[place + 2].split() == ["attack", "right", "8-bit", "seconds", "multiply-adds"]
+    last = attacked["accuracy_last"]["union"]
+    assert lines[place + 2].strip() == f"the last exit alone on the same images: {100 * last:.2f}%"
+    assert lines[place + 3].split() == ["attack", "right", "8-bit", "seconds", "multiply-adds"]
     for name in ("pgd40_deployed", "transfer_twin"):
         row = next(line.split() for line in lines if line.split()[:1] == [name])
         assert row[1:3] == [f"{100 * attacked[part][name]:.2f}%" for part in ("accuracy", "accuracy_8bit")]
@@ -123,12 +129,28 @@ def test_it_is_printed_next_to_the_figure(
     assert "not evaluated: no guards were asked for" in capsys.readouterr().out
 
 
+def test_what_guards_alone_find_is_in_the_union(
+    exits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(exits, tmp_path / "run"))
+    monkeypatch.setattr(run_attacks, "attacks_for", lambda *_: {"idle": lambda net, x, *_, **__: x})
+    assert main(["attack", str(folder), "--device", "cpu", "--eps", "0.04", "--guards", "30"]) == 0
+    assert "suspicious: " in capsys.readouterr().out
+    attacked = results.read(folder)["attacked"]
+    assert list(attacked["accuracy"]) == ["idle", "guards", "union"] == list(attacked["accuracy_last"])
+    assert attacked["accuracy"]["union"] == attacked["accuracy"]["guards"] < attacked["accuracy"]["idle"]
+    table = samples.read(folder)
+    assert (table["attack:guards"] == table["attack:union"]).all()
+    assert not (table["attack:union"].astype(bool) & table["certified"].astype(bool)).any()
+    assert not table["attack:guards"][30:][table["correct"][30:] == 1].any(), "guards ask about the first 30"
+
+
 def test_a_run_measured_before_there_were_guards(
     exits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(exits, tmp_path / "run"))
     found = results.read(folder)
-    for name in ("accuracy_8bit", "guards"):
+    for name in ("accuracy_8bit", "accuracy_last", "guards"):
         del found["attacked"][name]
     for name in ("macs", "seconds"):
         del found[name]["by_attack"]

@@ -10,17 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from swiftsure import models, run, usage
 from swiftsure.attacks import SLOWDOWNS, SlowdownResult, SuiteResult, attacks_for, run_slowdown, run_suite
 from swiftsure.attacks.guards import CHECKS, Guards, guard, not_evaluated
+from swiftsure.attacks.suite import Attack
 from swiftsure.certificates import certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError
 from swiftsure.exits import Answer, MultiExit, Policy
 from swiftsure.samples import Table
 from swiftsure.subject import Subject
+
+GUARDS = "guards"
+"""What the images that only guards found are called among the attacks."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ def attack(
                     policy=policy, sources=sources, samples=guards, seed=seed,
                     progress=lambda _: advance(1), clock=clock,
                 )  # fmt: skip
+            if said.broken:
+                # What guards break is broken: it counts in the union, as an attack of that name.
+                index = torch.tensor(list(said.broken))
+                images = torch.stack(list(said.broken.values()))
+                where: Attack = lambda net, x, *_, **__: images.to(x.device)  # noqa: E731
+                more = run_suite(
+                    net, x[index.to(x.device)], y[index.to(y.device)], subject.ball, suite, batch=len(index),
+                    judge=judge, answer=deployed.adaptive, attacks={GUARDS: where},
+                )  # fmt: skip
+                found.join(index, more)
         else:
             said = not_evaluated("no guards were asked for")
         slowed = None

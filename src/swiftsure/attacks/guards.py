@@ -8,24 +8,35 @@ hundred samples and ends as reliable, suspicious or not evaluated, with its reas
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._apgd import apgd
-from swiftsure.attacks._gradient import checked_inputs
+from swiftsure.attacks._gradient import GradientReport, GradientTally, attacking, checked_inputs, looked_at
 from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks._square import square
 from swiftsure.attacks.forms import transferred
-from swiftsure.attacks.gates import deployed
-from swiftsure.attacks.objectives import Judge, Objective, as_exits, cross_entropy, margin, misclassified
+from swiftsure.attacks.gates import deployed, gate_forcing
+from swiftsure.attacks.objectives import (
+    Judge,
+    Objective,
+    as_exits,
+    cross_entropy,
+    margin,
+    misclassified,
+    single,
+)
 from swiftsure.attacks.suite import SuiteResult
 from swiftsure.ball import Ball
 from swiftsure.exits.policies import Policy
 from swiftsure.modes import evaluating
+from swiftsure.precision import in_full_precision
 
 RELIABLE, SUSPICIOUS, NOT_EVALUATED = "reliable", "suspicious", "not evaluated"
 CHECKS = ("randomness", "gradients", "steps", "restarts", "queries", "eps", "noise", "transfer")
@@ -48,6 +59,8 @@ NOISES = 20
 """Random images of the ball tried per sample, half of them inside and half at its edge."""
 QUERIES = 1000
 """Of square, where the suite has none."""
+GATE_QUERIES = 300
+"""Of square for each gate; it only has to see that a head is weak."""
 _STEPS = {"standard": 100, "full": 200}
 _QUICK_STEPS = 40
 _DIFFERS = 1e-3
@@ -70,11 +83,13 @@ class Guards:
         n: how many samples were asked about.
         checks: by the names of `CHECKS`.
         seconds: for all of them.
+        broken: images of the ball that guards found and the suite did not, by the places of their samples.
     """
 
     n: int
     checks: dict[str, Check] = field(default_factory=dict)
     seconds: float = 0.0
+    broken: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -108,6 +123,7 @@ def not_evaluated(reason: str) -> Guards:
     return Guards(0, {name: Check(NOT_EVALUATED, reason) for name in CHECKS})
 
 
+@in_full_precision
 def guard(
     net: nn.Module,
     x: Tensor,
@@ -125,11 +141,14 @@ def guard(
 ) -> Guards:
     """Ask whether what a suite left standing was really attacked.
 
-    - randomness: do the same images get the same answers twice?
-    - gradients: of the suite's gradient attacks, is even the least blind one blind?
+    - randomness: do the same images get the same answers twice, and in another order?
+    - gradients: of the suite's gradient attacks, is even the least blind one blind? With a policy: at an exit that may
+      answer, are they blind there, whatever they see elsewhere?
     - steps: does twice as many steps of apgd (of pgd, for suites without apgd) break what the suite left?
-    - restarts: do five random starts of apgd on the margin, a loss that does not saturate?
-    - queries: does square, which asks for no gradient, break what all gradient attacks left?
+    - restarts: do five random starts of apgd on the margin, a loss that does not saturate; with a policy, towards each
+      gate as well?
+    - queries: does square, which asks for no gradient, break what all gradient attacks left; with a policy, does it by
+      forcing any gate?
     - eps: does accuracy fall with the radius, to that of a constant answer where the ball holds every image?
     - noise: do random images of the ball break what the suite left?
     - transfer: do images made on another network? Not evaluated where none is given.
@@ -161,10 +180,10 @@ def guard(
         (lambda of: of) if policy is None else (lambda of: deployed(policy, of))
     )
     device = next((parameter.device for parameter in net.parameters()), x.device)
-    asked = _Asked(net, x, y, ball, found.union[:n], judge, over, device, batch, seed)
+    asked = _Asked(net, x, y, ball, found.union[:n], judge, over, policy, device, batch, seed)
     questions: dict[str, Callable[[], Check]] = {
         "randomness": lambda: _randomness(asked),
-        "gradients": lambda: _gradients(found),
+        "gradients": lambda: _gradients(asked, found),
         "steps": lambda: _steps(asked, found.suite),
         "restarts": lambda: _restarts(asked, found.suite),
         "queries": lambda: _queries(asked, found),
@@ -177,7 +196,7 @@ def guard(
         if progress is not None:
             progress(name)
         checks[name] = question()
-    return Guards(n, checks, clock() - began)
+    return Guards(n, checks, clock() - began, asked.found)
 
 
 @dataclass
@@ -193,9 +212,20 @@ class _Asked:
     judge: Judge
     over: Callable[[Objective], Objective]
     """An objective of one exit, at the exit that answers."""
+    policy: Policy | None
     device: torch.device
     batch: int
     seed: int
+    found: dict[int, Tensor] = field(default_factory=dict)
+    """Images that break what the suite left, by sample; on the CPU."""
+
+    @property
+    def gates(self) -> list[Objective]:
+        """What makes each exit answer wrongly that may answer; none where no policy says who does."""
+        policy = self.policy
+        if policy is None or policy.exits == 1:
+            return []
+        return [gate_forcing(policy, exit) for exit in range(policy.exits) if policy.may_answer(exit)]
 
     def logits(self, x: Tensor) -> tuple[Tensor, ...]:
         with evaluating(self.net), torch.no_grad():
@@ -211,7 +241,14 @@ class _Asked:
                 self.y[index.to(self.y.device)].to(self.device),
             )
             x_adv = attack(self.net, x, y, ball, generator=generator)
-            flags.append((self.judge(self.logits(x_adv), y) & ball.contains(x_adv, x)).cpu())
+            broken = (self.judge(self.logits(x_adv), y) & ball.contains(x_adv, x)).cpu()
+            flags.append(broken)
+            if ball == self.ball:
+                for place, image in zip(
+                    index[broken].tolist(), x_adv[broken.to(x_adv.device)].cpu(), strict=True
+                ):
+                    if not self.broken[place]:
+                        self.found.setdefault(place, image)
         return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
     def further(self, attack: Callable[..., Tensor], what: str) -> Check:
@@ -233,16 +270,43 @@ def _randomness(asked: _Asked) -> Check:
     for x in asked.x.split(asked.batch):
         x = x.to(asked.device)
         first, again = asked.logits(x), asked.logits(x)
-        for one, other in zip(first, again, strict=True):
+        turned = tuple(z.flip(0) for z in asked.logits(x.flip(0)))
+        for one, other in zip((*first, *first), (*again, *turned), strict=True):
             scale = one.abs().amax().clamp_min(1e-30)
             difference = torch.nan_to_num((one - other).abs() / scale, nan=0.0)
             largest = max(largest, difference.amax().item())
     if largest > _DIFFERS:
-        return Check(SUSPICIOUS, "two passes over the same images differ: the network draws random numbers")
+        reason = (
+            "two passes over the same images differ: the network draws random numbers, or reads its batch"
+        )
+        return Check(SUSPICIOUS, reason)
     return Check(RELIABLE, "two passes over the same images agree")
 
 
-def _gradients(found: SuiteResult) -> Check:
+def _gradients(asked: _Asked, found: SuiteResult) -> Check:
+    if asked.policy is not None and asked.policy.exits > 1:
+        blind = [exit for exit in range(asked.policy.exits) if asked.policy.may_answer(exit)]
+        shares = {exit: _unusable(asked, single(exit, margin)) for exit in blind}
+        worst_exit = max(shares, key=lambda exit: shares[exit])
+        if shares[worst_exit] > BLIND:
+            where = f"exit {worst_exit + 1}, which may answer, has {shares[worst_exit]:.1%} of its gradients"
+            return Check(SUSPICIOUS, f"{where} zero or no number at random points of the ball")
+    return _of_the_suite(found)
+
+
+def _unusable(asked: _Asked, objective: Objective) -> float:
+    """The share of zero or non-finite gradients of an objective, at one random point of each ball."""
+    generator, report = torch.Generator().manual_seed(asked.seed), GradientReport()
+    tally = GradientTally(report)
+    with attacking(asked.net):
+        for x, y in zip(asked.x.split(asked.batch), asked.y.split(asked.batch), strict=True):
+            there = asked.ball.sample(x.to(asked.device), generator)
+            tally.add(looked_at(asked.net, there, y.to(asked.device), objective)[2])
+    tally.close()
+    return report.zero_share + report.nonfinite_share
+
+
+def _of_the_suite(found: SuiteResult) -> Check:
     # One gradient a sample, at x itself, says nothing of where a climb leads.
     once = int((~found.misclassified).sum())
     shares = {
@@ -272,12 +336,49 @@ def _steps(asked: _Asked, suite: str) -> Check:
 
 def _restarts(asked: _Asked, suite: str) -> Check:
     steps = _STEPS.get(suite, _QUICK_STEPS)
-    attack = partial(apgd, objective=asked.over(margin), judge=asked.judge, steps=steps, restarts=5)
-    return asked.further(attack, f"apgd with 5 restarts on the margin ({steps} steps)")
+    attacks = [
+        partial(apgd, objective=objective, judge=asked.judge, steps=steps, restarts=restarts)
+        for objective, restarts in ((asked.over(margin), 5), *((gate, 2) for gate in asked.gates))
+    ]
+    towards = " and 2 towards each gate" if len(attacks) > 1 else ""
+    return asked.further(
+        partial(_one_after_another, attacks, asked.judge),
+        f"apgd with 5 restarts on the margin{towards} ({steps} steps)",
+    )
+
+
+def _one_after_another(
+    attacks: Sequence[Callable[..., Tensor]],
+    judge: Judge,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    **options: Any,
+) -> Tensor:
+    """Several attacks, each on what those before it left."""
+
+    def run(number: int, x: Tensor, y: Tensor) -> Found:
+        x_adv = attacks[number](net, x, y, ball, **options)
+        with evaluating(net), torch.no_grad():
+            broken = judge(as_exits(net(x_adv)), y)
+        return Found(x_adv, x.new_zeros(len(x)), broken)
+
+    return worst_of(x, y, len(attacks), run)
 
 
 def _queries(asked: _Asked, found: SuiteResult) -> Check:
     """AutoAttack warns of the same: a search without gradients should have nothing left to find."""
+    if asked.gates:
+        by_gate = [
+            partial(square, objective=gate, judge=asked.judge, steps=GATE_QUERIES) for gate in asked.gates
+        ]
+        forced = asked.further(
+            partial(_one_after_another, by_gate, asked.judge),
+            f"square forcing each gate ({GATE_QUERIES} queries)",
+        )
+        if forced.verdict == SUSPICIOUS:
+            return forced
     n = len(asked.broken)
     by_queries = {name: flags[:n] for name, flags in found.broken.items() if name.startswith("square")}
     by_gradients = [flags[:n] for name, flags in found.broken.items() if name not in by_queries]

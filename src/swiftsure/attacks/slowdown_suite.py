@@ -19,6 +19,7 @@ from swiftsure.ball import Ball
 from swiftsure.errors import InputError
 from swiftsure.exits.multi_exit import Answer, MultiExit
 from swiftsure.exits.policies import Policy
+from swiftsure.precision import in_full_precision
 
 SLOWDOWNS = ("deepsloth", "above_thresholds", "one_by_one")
 """Their names, which are part of results.json."""
@@ -65,6 +66,7 @@ def slowdown_attacks(policy: Policy, steps: int = 100) -> dict[str, Attack]:
     }
 
 
+@in_full_precision
 def run_slowdown(
     net: MultiExit,
     x: Tensor,

@@ -25,6 +25,7 @@ from swiftsure.ball import Ball
 from swiftsure.errors import InputError, UnsupportedError
 from swiftsure.exits.multi_exit import Answer
 from swiftsure.modes import evaluating
+from swiftsure.precision import in_full_precision
 
 # An entry of a suite: (net, x, y, ball, *, judge, generator, report) -> adversarial images shaped like x.
 Attack = Callable[..., Tensor]
@@ -112,6 +113,25 @@ class SuiteResult:
     broken_last: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def join(self, index: Tensor, more: SuiteResult) -> None:
+        """Add what other attacks found on some of the samples; on the rest they count as having found nothing.
+
+        Exits, costs and seconds of those attacks are not noted.
+
+        Args:
+            index: (m,), the places of those samples, all right without attack.
+            more: what was found on them, (m,).
+        """
+        new = more.union & ~self.union[index]
+        self.worst[index[new]] = more.worst[new]
+        # What every attack so far has in common is, of the last exit, as good as what holds without any.
+        common = [torch.stack([*self.broken_last.values()]).all(0)] if self.broken_last else []
+        for name in more.broken:
+            self.broken[name] = self.misclassified.index_copy(0, index, more.broken[name])
+            self.broken_8bit[name] = self.misclassified.index_copy(0, index, more.broken_8bit[name])
+            for before in common:
+                self.broken_last[name] = before.index_copy(0, index, more.broken_last[name])
+
     @property
     def n(self) -> int:
         """How many samples were passed."""
@@ -154,6 +174,7 @@ def _left(broken: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float((~flags).double().mean()) for name, flags in broken.items()}
 
 
+@in_full_precision
 def run_suite(
     net: nn.Module,
     x: Tensor,
@@ -173,8 +194,9 @@ def run_suite(
 
     A sample counts as broken only by a fresh forward pass over the finished image in evaluation mode, and every
     finished image must lie in the ball and the pixel range. Then its pixels are rounded to 8 bits, as a file would
-    hold it, and it is judged once more. Each attack draws from generators of its own, seeded by `seed`, its name and
-    the batch: what it finds does not depend on the suite's other attacks.
+    hold it, and it is judged once more. All of it in full precision: no autocast, no TF32. Each attack draws from
+    generators of its own, seeded by `seed`, its name and the batch: what it finds does not depend on the suite's other
+    attacks.
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; its modes are left as found.
@@ -210,7 +232,7 @@ def run_suite(
 
     def verdict(images: Tensor, labels: Tensor) -> _Verdict:
         """One fresh forward pass."""
-        with evaluating(net), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        with evaluating(net), torch.no_grad():
             if answer is not None:
                 found = _Verdict.of(answer(images), labels)
                 if several:

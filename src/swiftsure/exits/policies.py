@@ -107,6 +107,12 @@ class Policy:
         score, threshold = self.score(logits), self.thresholds[exit]
         return score < threshold if RULES[self.rule].sign > 0 else score > threshold
 
+    def may_answer(self, exit: int) -> bool:
+        """Whether anything can leave at an exit, counted from 0: always at the last, elsewhere unless it is closed."""
+        if exit == len(self.thresholds):
+            return True
+        return self.thresholds[exit] > 0 if RULES[self.rule].sign > 0 else self.thresholds[exit] < 1
+
     def fires_alone(self, exit: int, logits: Tensor) -> bool:
         """`fires` for the logits (1, classes) of one input, at half the cost: no tensor holds the answer."""
         score, threshold = float(self.score(logits)), self.thresholds[exit]
