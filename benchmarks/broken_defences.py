@@ -25,7 +25,7 @@ defences: Any = importlib.import_module("defences")
 trained: Any = importlib.import_module("trained")
 
 BALL = defences.BALL
-COLUMNS = ("defence", "clean", "PGD-40", "standard suite", "the least by", "guards", "why")
+COLUMNS = ("defence", "clean", "PGD-40", "standard suite", "with guards", "the least by", "guards", "why")
 
 
 def row(name: str, net: nn.Module, x: Tensor, y: Tensor) -> str:
@@ -39,9 +39,11 @@ def row(name: str, net: nn.Module, x: Tensor, y: Tensor) -> str:
     )  # fmt: skip
     said, accuracy = guard(net, x, y, BALL, found, policy=policy), found.accuracy
     union = accuracy.pop("union")
+    left = ~found.union
+    left[list(said.broken)] = False
     least = min(accuracy, key=lambda attack: accuracy[attack])
     clean = 1 - float(found.misclassified.double().mean())
-    figures = (clean, accuracy["pgd40"], union)
+    figures = (clean, accuracy["pgd40"], union, float(left.double().mean()))
     cells = (name, *(f"{100 * value:.1f}" for value in figures), least, said.verdict, said.reason)
     return "| " + " | ".join(cells) + " |"
 

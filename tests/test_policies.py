@@ -182,10 +182,13 @@ def test_an_exit_that_is_fooled_closes() -> None:
     # Half of the samples are surer than any attack makes a wrong class.
     right[:20] *= 3
     clean, attacked = [right, right], [torch.cat([right[:20], wrong[20:]]), right]
-    assert (within_macs(clean, y, [1.0, 2.0], 2.0).exit_of(clean) == 0).all()
-    policy = within_macs(clean, y, [1.0, 2.0], 2.0, attacked=[attacked])
+    assert (within_macs(clean, y, [1.0, 2.0], 1.0).exit_of(clean) == 0).all()
+    policy = within_macs(clean, y, [1.0, 2.0], 1.5, attacked=[attacked])
     assert policy.exit_of(clean).tolist() == [0] * 20 + [1] * 20
     assert not policy.misclassified(attacked, y).any()
+    # Of equally accurate policies the strictest: what the budget allows is used.
+    assert (within_macs(clean, y, [1.0, 2.0], 2.0, attacked=[attacked]).exit_of(clean) == 1).all()
+    assert within_macs(clean, y, [1.0, 2.0], 1.5).exit_of(clean).tolist() == [0] * 20 + [1] * 20
     # The budget is one of clean images, and may leave no choice.
     assert (within_macs(clean, y, [1.0, 2.0], 1.0, attacked=[attacked]).exit_of(clean) == 0).all()
 
