@@ -18,18 +18,21 @@ from swiftsure.attacks import (
     apgd,
     apgd_targeted,
     fab_targeted,
+    gate_forcing,
     interval_attack,
     margin,
     max_average,
     misclassified,
     never,
     pgd,
+    run_suite,
     single,
     square,
     wrm,
 )
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
+from swiftsure.exits import MultiExit, Policy
 from swiftsure.modes import evaluating
 from trained import BALLS, held_out, network
 
@@ -76,6 +79,43 @@ def test_any_shape_and_no_image(attack, shape, norm):
     x_adv = attack(net, x, y, ball, generator=generator())
     assert ball.contains(x_adv, x).all()
     assert attack(net, x[:0], y[:0], ball).shape == (0, *shape)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, x, y: apgd_targeted(net, x, y, Ball(0.1), exit=5), "exit is 5; allowed: 0 to 1, or -1"),
+        (lambda net, x, y: fab_targeted(net, x, y, Ball(0.1), exit=-3), "exit is -3; allowed: 0 to 1"),
+        (lambda net, x, y: interval_attack(net, x, y, Ball(0.1), exit=5), "exit is 5; allowed: 0 to 1"),
+        (lambda *_: gate_forcing(Policy("entropy", [0.5]), 7), "exit is 7; allowed: 0 to 1"),
+        (lambda net, x, y: pgd(net, x, y + 3, Ball(0.1)), r"label 0 is 3; allowed: 0 to 2"),
+        (lambda net, x, y: apgd(net, x, y + 3, Ball(0.1)), r"label 0 is 3; allowed: 0 to 2"),
+        (lambda net, x, y: run_suite(net, x, y + 3, Ball(0.1)), r"label 0 is 3; allowed: 0 to 2"),
+        (lambda net, x, y: run_suite(net, x, y, Ball(0.1), batch=2.5), "batch is 2.5; allowed: an integer"),
+        (
+            lambda net, x, y: run_suite(net[0], x, y, Ball(0.1)),
+            r"returns \[\(1, 4, 6, 6\)\]; allowed: logits",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_line(call, message):
+    """Of a network that does not say what it takes."""
+    two = MultiExit(
+        [nn.Identity(), nn.Identity()], [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2)]
+    )
+    x, y = images(0, 3, 1, 8, 8), torch.tensor([0, 1, 2])
+    net = nn.Sequential(nn.Conv2d(1, 4, 3)) if "returns" in message else two
+    with pytest.raises(InputError, match=message) as error:
+        call(net, x, y)
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_head_may_have_more_classes():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), images(0, 3, 1, 8, 8)
+    with pytest.raises(InputError, match="label 2 is 4"):
+        pgd(net, x, torch.tensor([0, 1, 4]), Ball(0.1))
+    net[1] = nn.Linear(64, 5)
+    pgd(net, x, torch.tensor([0, 1, 4]), Ball(0.1), steps=1)
 
 
 @ALL

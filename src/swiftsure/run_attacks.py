@@ -163,6 +163,10 @@ def _sources(subject: Subject, folders: Sequence[str | Path]) -> Mapping[str, nn
     found: dict[str, nn.Module] = {}
     wanted = (list(subject.images.shape), len(subject.images.classes))
     for folder in map(Path, folders):
+        if folder.resolve() == subject.folder.resolve():
+            raise InputError(
+                f"--transfer {folder} is the run itself; allowed: another network for the same images"
+            )
         net = run.read_network(folder, subject.device)
         described = models.read_config(folder).get("model") or {}
         takes = (list(described.get("input_shape", wanted[0])), described.get("classes", wanted[1]))

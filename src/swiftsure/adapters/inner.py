@@ -38,8 +38,8 @@ def from_torchattacks(build: Callable[[nn.Module, Ball], Any], read: Read = last
 
     Example:
         >>> import torchattacks
-        >>> tifgsm = from_torchattacks(lambda model, ball: torchattacks.TIFGSM(model, eps=ball.radius))
-        >>> run_suite(net, x, y, ball, attacks={**SUITES["standard"], "tifgsm": tifgsm})
+        >>> vmi = from_torchattacks(lambda model, ball: torchattacks.VMIFGSM(model, eps=ball.radius))
+        >>> run_suite(net, x, y, ball, attacks={**SUITES["standard"], "vmi": vmi})
     """
     return _inner(lambda model, x, y, ball: build(model, ball)(x, y), read)
 
