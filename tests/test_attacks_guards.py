@@ -10,7 +10,8 @@ from torch import nn
 from defences import BALL, DEFENCES
 from swiftsure import results
 from swiftsure.attacks import attacks_for, guards, misclassified, pgd, run_suite, square
-from swiftsure.attacks.guards import CHECKS, NOT_EVALUATED, RELIABLE, SUSPICIOUS, guard
+from swiftsure.attacks.guards import guard
+from swiftsure.attacks.questions import CHECKS, LEAST, NOT_EVALUATED, RELIABLE, SUSPICIOUS, Check
 from swiftsure.attacks.suite import SuiteResult
 from swiftsure.ball import Ball
 from swiftsure.exits import MultiExit
@@ -193,7 +194,7 @@ def test_a_radius_that_changes_nothing():
 
 
 def test_too_few_samples_say_nothing():
-    net, (x, y) = network(0).eval(), problem(guards.LEAST - 1)
+    net, (x, y) = network(0).eval(), problem(LEAST - 1)
     found = run_suite(net, x, y, BALL)
     said = guard(net, x, y, BALL, found)
     assert said.verdict == NOT_EVALUATED
@@ -205,8 +206,8 @@ def test_what_is_said_fits_results():
     rule = {**results.schema(), **results.schema()["properties"]["attacked"]["properties"]["guards"]}
     for said in (
         guards.not_evaluated("no guards were asked for"),
-        guards.Guards(200, {name: guards.Check(RELIABLE, "fine") for name in CHECKS}),
-        guards.Guards(200, {"eps": guards.Check(SUSPICIOUS, "it rises")}),
+        guards.Guards(200, {name: Check(RELIABLE, "fine") for name in CHECKS}),
+        guards.Guards(200, {"eps": Check(SUSPICIOUS, "it rises")}),
     ):
         jsonschema.validate(said.as_dict(), rule)
         assert said.as_dict()["verdict"] == said.verdict

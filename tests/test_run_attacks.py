@@ -14,7 +14,7 @@ import small_run
 import swiftsure as ss
 from swiftsure import evaluation, report, results, run_attacks, samples
 from swiftsure.attacks import SLOWDOWNS
-from swiftsure.attacks.guards import CHECKS
+from swiftsure.attacks.questions import CHECKS
 from swiftsure.cli import main
 from swiftsure.errors import InputError, SoundnessError
 from swiftsure.exits import MultiExit

@@ -15,7 +15,8 @@ from torch import nn
 
 from swiftsure import models, run, usage
 from swiftsure.attacks import SLOWDOWNS, SlowdownResult, SuiteResult, attacks_for, run_slowdown, run_suite
-from swiftsure.attacks.guards import CHECKS, Guards, guard, not_evaluated
+from swiftsure.attacks.guards import Guards, guard, not_evaluated
+from swiftsure.attacks.questions import CHECKS
 from swiftsure.attacks.suite import Attack
 from swiftsure.certificates import certifying
 from swiftsure.data.progress import progress

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftsure import models, results, run
-from swiftsure.attacks.guards import SUSPICIOUS
+from swiftsure.attacks.questions import SUSPICIOUS
 from swiftsure.errors import InputError
 
 ABOUT = ("link", "name", "authors", "venue", "additional_data", "reported", "footnote")

@@ -57,7 +57,7 @@ def fab_targeted(
     Args:
         net, x, y, ball, judge, targets, exit, generator, report: as for `apgd_targeted`.
         objective: (tuple of logits, y, target) -> (B,), 0 on the boundary and positive where the target wins.
-        steps: steps to the boundary per run; each takes one gradient, and another where its point was beyond it.
+        steps: steps to the boundary per run, of two passes and one gradient each.
         restarts: how many runs at most for each class; the first starts at x, further ones at random points half-way
             out.
         random_start: True: the first starts at random as well.
@@ -109,9 +109,7 @@ def _approach(
     found = Found(x.clone(), -nearest, torch.zeros(len(x), dtype=torch.bool, device=x.device))
     left, now = torch.arange(len(x), device=x.device), start
     for done in range(steps + 1):
-        logits, gap, grad = looked_at(net, now, pair, objective, gradient=done < steps)
-        if tally is not None and done < steps:
-            tally.add(grad)
+        logits, gap, _ = looked_at(net, now, pair, objective, gradient=False)
         broken = judge(logits, pair)
         beyond = broken | (gap > 0)
         if bool(beyond.any()):
@@ -121,17 +119,15 @@ def _approach(
             hit = broken & ball.contains(now, x)
             found.x_adv[left[closer | hit]] = now[closer | hit]
             found.loss[left[closer]], found.broken[left[hit]] = -distance[closer], True
-            back = beyond[~hit]
-            x, pair, now, nearest = x[~hit], pair[~hit], now[~hit], nearest[~hit]
-            left, gap, grad = left[~hit], gap[~hit], grad[~hit]
-            if done < steps and bool(back.any()):
-                now = now.clone()
-                now[back] = x[back] + _BACK * (now[back] - x[back])
-                _, gap[back], grad[back] = looked_at(net, now[back], pair[back], objective)
-                if tally is not None:
-                    tally.add(grad[back])
+            back = 1 - (1 - _BACK) * beyond.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+            now = x + back * (now - x)
+            x, pair, now, nearest, left = (part[~hit] for part in (x, pair, now, nearest, left))
         if done == steps or len(left) == 0:
             break
+        # Where it went back, the slope there is wanted, not the one beyond the boundary.
+        _, gap, grad = looked_at(net, now, pair, objective)
+        if tally is not None:
+            tally.add(grad)
         now = _step(x, now, gap, grad, ball)
     found.x_adv[left] = ball.project(found.x_adv[left], x)
     return found

@@ -1,0 +1,323 @@
+"""The questions that guards ask: each of a few hundred samples, each with a verdict and its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swiftsure.attacks._apgd import apgd
+from swiftsure.attacks._gradient import GradientReport, GradientTally, attacking, looked_at
+from swiftsure.attacks._pgd import pgd
+from swiftsure.attacks._restarts import Found, worst_of
+from swiftsure.attacks._square import square
+from swiftsure.attacks.forms import transferred
+from swiftsure.attacks.gates import gate_forcing
+from swiftsure.attacks.objectives import (
+    Judge,
+    Objective,
+    as_exits,
+    cross_entropy,
+    margin,
+    single,
+)
+from swiftsure.attacks.suite import SuiteResult
+from swiftsure.ball import Ball
+from swiftsure.exits.policies import Policy
+from swiftsure.modes import evaluating
+
+RELIABLE, SUSPICIOUS, NOT_EVALUATED = "reliable", "suspicious", "not evaluated"
+CHECKS = ("randomness", "gradients", "steps", "restarts", "queries", "eps", "noise", "transfer")
+"""What is asked; the names are part of results.json."""
+
+SAMPLES = 200
+"""How many samples are asked about: so many that 1% of them is more than one."""
+LEAST = 20
+"""With fewer, one sample is 5%, and no share below says anything."""
+BLIND = 0.05
+"""Share of unusable gradients from which on an attack counts as blind. Networks that hide nothing have exact zeros only
+where a logit's probability underflows; on those of results/ the share was 0 at every step."""
+NEW = 0.01
+"""Share of the samples that a further attack may break on its own. Two runs of one good attack differ by some tenths of
+a point, so that of 200 samples one or two are chance, and three hardly ever are (2% where the truth is 0.3%)."""
+RISE = 0.05
+"""By how much accuracy may rise with the radius. It cannot where attacks are perfect; those of 40 steps waver more in
+large balls."""
+NOISES = 20
+"""Random images of the ball tried per sample, half of them inside and half at its edge."""
+QUERIES = 1000
+"""Of square, where the suite has none."""
+GATE_QUERIES = 300
+"""Of square for each gate; it only has to see that a head is weak."""
+_STEPS = {"standard": 100, "full": 200}
+_QUICK_STEPS = 40
+_DIFFERS = 1e-3
+"""Logits of the same images that differ by this, relative to the largest, do so by more than rounding."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one guard says: its verdict, and why."""
+
+    verdict: str
+    reason: str
+
+
+@dataclass
+class Asked:
+    """What the guards ask about: samples, and what a suite has broken of them."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    ball: Ball
+    broken: Tensor
+    """(n,) bool, by the suite; on the CPU."""
+    judge: Judge
+    over: Callable[[Objective], Objective]
+    """An objective of one exit, at the exit that answers."""
+    policy: Policy | None
+    device: torch.device
+    batch: int
+    seed: int
+    found: dict[int, Tensor] = field(default_factory=dict)
+    """Images that break what the suite left, by sample; on the CPU."""
+
+    @property
+    def gates(self) -> list[Objective]:
+        """What makes each exit answer wrongly that may answer; none where no policy says who does."""
+        policy = self.policy
+        if policy is None or policy.exits == 1:
+            return []
+        return [gate_forcing(policy, exit) for exit in range(policy.exits) if policy.may_answer(exit)]
+
+    def logits(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of all exits, in evaluation mode."""
+        with evaluating(self.net), torch.no_grad():
+            return as_exits(self.net(x))
+
+    def breaks(self, attack: Callable[..., Tensor], which: Tensor, ball: Ball | None = None) -> Tensor:
+        """Whether an attack breaks each of some samples, (n,) bool; judged by a fresh pass."""
+        ball, generator = ball or self.ball, torch.Generator().manual_seed(self.seed)
+        flags = []
+        for index in which.nonzero().squeeze(1).split(self.batch):
+            x, y = (
+                self.x[index.to(self.x.device)].to(self.device),
+                self.y[index.to(self.y.device)].to(self.device),
+            )
+            x_adv = attack(self.net, x, y, ball, generator=generator)
+            broken = (self.judge(self.logits(x_adv), y) & ball.contains(x_adv, x)).cpu()
+            flags.append(broken)
+            if ball == self.ball:
+                for place, image in zip(
+                    index[broken].tolist(), x_adv[broken.to(x_adv.device)].cpu(), strict=True
+                ):
+                    if not self.broken[place]:
+                        self.found.setdefault(place, image)
+        return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
+
+    def further(self, attack: Callable[..., Tensor], what: str) -> Check:
+        """The verdict on an attack that is tried on all samples that the suite left."""
+        new = int(self.breaks(attack, ~self.broken).sum())
+        left = f"of the {int((~self.broken).sum())} samples that the suite left"
+        return _judged(new, len(self.broken), what, left)
+
+
+def _judged(new: int, n: int, what: str, left: str) -> Check:
+    """Suspicious where an attack alone breaks more of n samples than chance would."""
+    reason = f"{what} {f'breaks {new}' if new else 'breaks none'} {left}"
+    return Check(SUSPICIOUS if new > max(1, NEW * n) else RELIABLE, reason)
+
+
+def randomness(asked: Asked) -> Check:
+    """Adaptive attacks on random networks average over their draws, which ours do not."""
+    largest = 0.0
+    for x in asked.x.split(asked.batch):
+        x = x.to(asked.device)
+        first, again = asked.logits(x), asked.logits(x)
+        turned = tuple(z.flip(0) for z in asked.logits(x.flip(0)))
+        for one, other in zip((*first, *first), (*again, *turned), strict=True):
+            scale = one.abs().amax().clamp_min(1e-30)
+            difference = torch.nan_to_num((one - other).abs() / scale, nan=0.0)
+            largest = max(largest, difference.amax().item())
+    if largest > _DIFFERS:
+        reason = (
+            "two passes over the same images differ: the network draws random numbers, or reads its batch"
+        )
+        return Check(SUSPICIOUS, reason)
+    return Check(RELIABLE, "two passes over the same images agree")
+
+
+def gradients(asked: Asked, found: SuiteResult) -> Check:
+    """Of the suite's attacks as a whole, and of each exit that may answer."""
+    if asked.policy is not None and asked.policy.exits > 1:
+        blind = [exit for exit in range(asked.policy.exits) if asked.policy.may_answer(exit)]
+        shares = {exit: _unusable(asked, single(exit, margin)) for exit in blind}
+        worst_exit = max(shares, key=lambda exit: shares[exit])
+        if shares[worst_exit] > BLIND:
+            where = f"exit {worst_exit + 1}, which may answer, has {shares[worst_exit]:.1%} of its gradients"
+            return Check(SUSPICIOUS, f"{where} zero or no number at random points of the ball")
+    return _of_the_suite(found)
+
+
+def _unusable(asked: Asked, objective: Objective) -> float:
+    """The share of zero or non-finite gradients of an objective, at one random point of each ball."""
+    generator, report = torch.Generator().manual_seed(asked.seed), GradientReport()
+    tally = GradientTally(report)
+    with attacking(asked.net):
+        for x, y in zip(asked.x.split(asked.batch), asked.y.split(asked.batch), strict=True):
+            there = asked.ball.sample(x.to(asked.device), generator)
+            tally.add(looked_at(asked.net, there, y.to(asked.device), objective)[2])
+    tally.close()
+    return report.zero_share + report.nonfinite_share
+
+
+def _of_the_suite(found: SuiteResult) -> Check:
+    # One gradient a sample, at x itself, says nothing of where a climb leads.
+    once = int((~found.misclassified).sum())
+    shares = {
+        name: (report.zero + report.nonfinite) / report.samples
+        for name, report in found.gradients.items()
+        if report.samples > once
+    }
+    if not shares:
+        if once == 0:
+            return Check(RELIABLE, "nothing was right, so nothing was attacked")
+        return Check(NOT_EVALUATED, "no attack of the suite climbed along gradients")
+    best = min(shares, key=lambda name: shares[name])
+    worst = max(shares, key=lambda name: shares[name])
+    reason = f"{shares[best]:.1%} of the gradients of {best} are zero or no number"
+    if shares[best] > BLIND:
+        return Check(SUSPICIOUS, f"even {reason}")
+    if shares[worst] > BLIND:
+        reason += f", though {shares[worst]:.1%} of {worst}'s"
+    return Check(RELIABLE, reason)
+
+
+def steps(asked: Asked, suite: str) -> Check:
+    """Twice as many as the suite's."""
+    steps, method = 2 * _STEPS.get(suite, _QUICK_STEPS), apgd if suite in _STEPS else pgd
+    attack = partial(method, objective=asked.over(cross_entropy), judge=asked.judge, steps=steps)
+    return asked.further(attack, f"twice as many steps ({method.__name__}, {steps})")
+
+
+def restarts(asked: Asked, suite: str) -> Check:
+    """Of apgd on the margin, and towards each gate."""
+    steps = _STEPS.get(suite, _QUICK_STEPS)
+    attacks = [
+        partial(apgd, objective=objective, judge=asked.judge, steps=steps, restarts=restarts)
+        for objective, restarts in ((asked.over(margin), 5), *((gate, 2) for gate in asked.gates))
+    ]
+    towards = " and 2 towards each gate" if len(attacks) > 1 else ""
+    return asked.further(
+        partial(_one_after_another, attacks, asked.judge),
+        f"apgd with 5 restarts on the margin{towards} ({steps} steps)",
+    )
+
+
+def _one_after_another(
+    attacks: Sequence[Callable[..., Tensor]],
+    judge: Judge,
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    **options: Any,
+) -> Tensor:
+    """Several attacks, each on what those before it left."""
+
+    def run(number: int, x: Tensor, y: Tensor) -> Found:
+        x_adv = attacks[number](net, x, y, ball, **options)
+        with evaluating(net), torch.no_grad():
+            broken = judge(as_exits(net(x_adv)), y)
+        return Found(x_adv, x.new_zeros(len(x)), broken)
+
+    return worst_of(x, y, len(attacks), run)
+
+
+def queries(asked: Asked, found: SuiteResult) -> Check:
+    """AutoAttack warns of the same: a search without gradients should have nothing left to find."""
+    if asked.gates:
+        by_gate = [
+            partial(square, objective=gate, judge=asked.judge, steps=GATE_QUERIES) for gate in asked.gates
+        ]
+        forced = asked.further(
+            partial(_one_after_another, by_gate, asked.judge),
+            f"square forcing each gate ({GATE_QUERIES} queries)",
+        )
+        if forced.verdict == SUSPICIOUS:
+            return forced
+    n = len(asked.broken)
+    by_queries = {name: flags[:n] for name, flags in found.broken.items() if name.startswith("square")}
+    by_gradients = [flags[:n] for name, flags in found.broken.items() if name not in by_queries]
+    if not by_queries:
+        attack = partial(square, objective=asked.over(margin), judge=asked.judge, steps=QUERIES)
+        return asked.further(attack, f"square ({QUERIES} queries)")
+    left = ~torch.stack([found.misclassified[:n], *by_gradients]).any(0)
+    new = int((torch.stack(list(by_queries.values())).any(0) & left).sum())
+    return _judged(
+        new, n, f"{' and '.join(by_queries)}", f"of the {int(left.sum())} samples that gradients left"
+    )
+
+
+def eps(asked: Asked) -> Check:
+    """From the ball's radius in up to four steps to the one whose ball holds every image."""
+    ball, every = asked.ball, torch.ones_like(asked.broken)
+    side = {"inf": 0.0, "2": 0.5, "1": 1.0}[ball.norm]
+    whole = (ball.high - ball.low) * asked.x[0].numel() ** side
+    if ball.radius <= 0:
+        return Check(NOT_EVALUATED, "the radius is 0")
+    ratio = max(whole / ball.radius, 1.0)
+    attack = partial(apgd, objective=asked.over(margin), judge=asked.judge, steps=_QUICK_STEPS)
+    radii = [ball.radius * ratio ** (step / 4) for step in range(4)] + [max(whole, ball.radius)]
+    accuracy = []
+    for radius in radii:
+        accuracy.append(1 - asked.breaks(attack, every, ball.with_eps(radius)).double().mean().item())
+        if accuracy[-1] == 0:
+            break
+    shown = ", ".join(f"{value:.0%} at {radius:.3g}" for value, radius in zip(accuracy, radii, strict=False))
+    # The best that an answer which no attack can change may have.
+    chance = asked.y.bincount().max().item() / len(asked.y)
+    if accuracy[-1] > chance + 1e-9:
+        return Check(SUSPICIOUS, f"accuracy stays above chance where the ball holds every image: {shown}")
+    rise = max([later - min(accuracy[:place]) for place, later in enumerate(accuracy) if place] or [0.0])
+    if rise > RISE:
+        return Check(SUSPICIOUS, f"accuracy rises with the radius: {shown}")
+    return Check(RELIABLE, f"accuracy falls with the radius: {shown}")
+
+
+def noise(asked: Asked) -> Check:
+    """Random images of the ball, inside and at its edge."""
+
+    def attack(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator) -> Tensor:
+        worst = x.clone()
+        for number in range(NOISES):
+            tried = ball.sample(x, generator)
+            if number % 2:
+                direction = torch.randn(x.shape, generator=generator).to(x)
+                tried = ball.maximiser(x, direction)
+            broken = asked.judge(asked.logits(tried), y)
+            worst[broken] = tried[broken]
+        return worst
+
+    return asked.further(attack, f"plain noise ({NOISES} random images each)")
+
+
+def transfer(asked: Asked, sources: Mapping[str, nn.Module]) -> Check:
+    """What breaks other networks."""
+    if not sources:
+        return Check(NOT_EVALUATED, "no other network was given to attack from")
+
+    def attack(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, generator: torch.Generator) -> Tensor:
+        worst = x.clone()
+        for source in sources.values():
+            tried = transferred(net, x, y, ball, source=source, generator=generator)
+            broken = asked.judge(asked.logits(tried), y)
+            worst[broken] = tried[broken]
+        return worst
+
+    return asked.further(attack, f"what breaks {' and '.join(sources)}")
