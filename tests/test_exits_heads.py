@@ -122,6 +122,7 @@ def test_a_linear_head_on_tokens_reads_their_mean() -> None:
     ("head", "said"),
     [
         ({"kind": "conv", "width": -3}, "width is -3"),
+        ({"kind": "conv", "channels_last": "yes"}, "channels_last is 'yes'"),
         ({"kind": "conv", "width": 0}, "width is 0"),
         ({"kind": "conv", "side": 0}, "side is 0"),
         ({"kind": "pooled", "grid": 0}, "grid is 0"),
@@ -129,7 +130,9 @@ def test_a_linear_head_on_tokens_reads_their_mean() -> None:
     ],
 )
 def test_sizes_that_cannot_be(head: dict[str, object], said: str) -> None:
-    with pytest.raises(InputError, match=f"head .* cannot be built .* {said}; allowed: an integer >= 1"):
+    with pytest.raises(
+        InputError, match=f"head .* cannot be built .* {said}; allowed: (an integer >= 1|true or false)"
+    ):
         attach(
             nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)),
             {"0": head},

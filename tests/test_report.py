@@ -184,10 +184,27 @@ def test_a_broken_certificate_draws_no_page(run: Path, tmp_path: Path):
         report.page([run], tmp_path / "page.html")
 
 
+def write_other_samples(run: Path, text: str) -> None:
+    """In place of those of the run, whose results are then of as many."""
+    (run / "samples.csv").write_text(text)
+    found = json.loads((run / "results.json").read_text())
+    for part in ("clean", "attacked", "verified"):
+        found[part]["n"] = text.count("\n") - 1
+    found["verified"]["by"] = {}
+    (run / "results.json").write_text(json.dumps(found))
+
+
+def test_a_cut_table_of_samples_is_refused(run: Path, tmp_path: Path) -> None:
+    lines = (run / "samples.csv").read_text().splitlines(keepends=True)
+    (run / "samples.csv").write_text("".join(lines[:-7]))
+    with pytest.raises(InputError, match=r"samples.csv has 33 rows, results.json is of 40 samples"):
+        report.page([run], tmp_path / "page.html")
+
+
 def test_large_images_and_many_classes_stay_light(run: Path, tmp_path: Path):
     write_examples(run, shape=(3, 224, 224), count=40)
     rows = "".join(f"{index},{index % 1000},1\n" for index in range(2000))
-    (run / "samples.csv").write_text("index,label,correct\n" + rows)
+    write_other_samples(run, "index,label,correct\n" + rows)
     write_log(run, epochs=1500)
     html, reader = drawn([run], tmp_path / "page.html")
     assert len(html.encode()) < 2_000_000
@@ -204,7 +221,7 @@ def test_examples_take_the_verdicts_in_turn(run: Path):
 
 
 def test_a_sample_wrong_from_the_start_is_never_right_under_attack(run: Path):
-    (run / "samples.csv").write_text("index,label,correct,attack:union\n0,3,0,0\n1,3,1,0\n2,4,1,1\n3,4,,\n")
+    write_other_samples(run, "index,label,correct,attack:union\n0,3,0,0\n1,3,1,0\n2,4,1,1\n3,4,,\n")
     samples = read_run(run).samples
     assert samples is not None
     np.testing.assert_array_equal(samples.attacked, [0, 1, 0, np.nan])

@@ -217,6 +217,8 @@ def _map(shape: Sequence[int], channels_last: bool) -> tuple[list[nn.Module], tu
     """What brings the channels to the front, and (C, H, W)."""
     if len(shape) != 3:
         raise ValueError(f"it reads {tuple(shape)}; allowed: a map (C, H, W)")
+    if not isinstance(channels_last, bool):
+        raise ValueError(f"channels_last is {channels_last!r}; allowed: true or false")
     if channels_last:
         height, width, channels = shape
         return [_ChannelsFirst()], (channels, height, width)

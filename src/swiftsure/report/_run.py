@@ -92,6 +92,13 @@ def read_run(folder: str | Path) -> Run:
     names = config.get("classes_names") or ()
     if not isinstance(names, list | tuple):
         raise InputError(f"{folder / 'config.json'}: classes_names is {names!r}; allowed: a list of names")
+    samples = _read_samples(folder / "samples.csv")
+    measured = {results[part]["n"] for part in results_file.SAMPLED if results[part]}
+    if samples is not None and measured and measured != {len(samples.label)}:
+        raise InputError(
+            f"{folder / 'samples.csv'} has {len(samples.label):,} rows, results.json is of {max(measured):,} samples; "
+            "`swiftsure evaluate` writes both"
+        )
     return Run(
         folder=folder,
         name=str(recipe.get("name") or folder.resolve().name),
@@ -101,7 +108,7 @@ def read_run(folder: str | Path) -> Run:
         recipe_text=recipe_text,
         config=config,
         classes=tuple(map(str, names)),
-        samples=_read_samples(folder / "samples.csv"),
+        samples=samples,
         examples=_read_examples(folder / "examples.npz"),
         sweep=_read_sweep(folder / "sweep.json", results["weights_sha256"]),
     )
