@@ -1,9 +1,10 @@
 """The tables of docs/evaluation.md: networks of results/ before a suite of attacks, its guards and attacks on the cost.
 
     python benchmarks/evaluation.py [RUN ...] [--images 1000] [--suite full] [--guards 200] [--threads 1]
-        [--cpu-time] [--device cpu]
+        [--cpu-time] [--device cpu] [--only fab_t ...]
 
-What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
+What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to. With
+--only, some attacks of the suite alone, without guards and attacks on the cost.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from swiftsure import run, run_attacks
-from swiftsure.attacks import SUITE_NAMES
+from swiftsure.attacks import SUITE_NAMES, attacks_for, run_suite
 from swiftsure.errors import InputError
 from swiftsure.run_attacks import Attacked
 from swiftsure.subject import Subject, open_subject
@@ -78,6 +81,25 @@ def usage(subject: Subject, attacked: Attacked) -> list[str]:
     return lines
 
 
+def some(subject: Subject, suite: str, names: Sequence[str], clock: Callable[[], float]) -> list[str]:
+    """Lines of markdown: a row for each of those attacks that the suite has for this network."""
+    net: Any = subject.net
+    policy = net.policy if subject.exits > 1 else None
+    suites = attacks_for(suite, subject.exits, subject.images.shape[0], policy)
+    x, y = subject.images.batch(slice(None))
+    found = run_suite(
+        net, x, y, subject.ball, suite, seed=subject.recipe.seed, judge=subject.judge, answer=net.adaptive,
+        attacks={name: attack for name, attack in suites.items() if name in names}, clock=clock,
+    )  # fmt: skip
+    clean = float((~found.misclassified).double().mean())
+    lines = [f"| {subject.n:,} images | accuracy | seconds | multiply-adds |", "|---" * 4 + "|"]
+    lines.append(f"| none | {_percent(clean)} | | |")
+    for name, seconds in found.seconds.items():
+        macs = f"{found.macs[name]:,.0f}" if subject.exits > 1 else ""
+        lines.append(f"| {name} | {_percent(found.accuracy[name])} | {seconds:.1f} | {macs} |")
+    return lines
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
 
@@ -98,6 +120,7 @@ def main() -> int:
         "--cpu-time", action="store_true", help="count this process's own seconds, beside other work"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="*", default=[], help="names of attacks of the suite")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
@@ -105,6 +128,12 @@ def main() -> int:
         try:
             subject = open_subject(folder, limit=options.images, device=options.device)
             began = clock()
+            if options.only:
+                print(
+                    "\n".join([f"### {folder.name}\n", *some(subject, options.suite, options.only, clock)])
+                    + "\n"
+                )
+                continue
             attacked = run_attacks.attack(subject, options.suite, options.transfer, options.guards, clock)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
