@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py [RUN ...] [--images 1000] [--suite full] [--guards 200] [--threads 1]
         [--cpu-time] [--device cpu] [--only fab_t ...]
 
-What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to. With
---only, some attacks of the suite alone, without guards and attacks on the cost.
+What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
+With --only, some attacks of the suite alone, without guards and attacks on the cost.
 """
 
 from __future__ import annotations
