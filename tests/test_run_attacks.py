@@ -121,6 +121,7 @@ def test_it_is_printed_next_to_the_figure(
     page = report.page([folder], tmp_path / "page.html").read_text()
     assert f"Guards: {attacked['guards']['verdict']}" in page
     assert re.search(rf"of {N}, {attacked['guards']['verdict']}", page)
+    assert f"The last exit alone gets {100 * last:.1f}%" in page
     for check in attacked["guards"]["checks"].values():
         assert check["reason"].replace("'", "&#39;") in page
     assert page.count('<td class="name">one_by_one</td>') == 1

@@ -131,6 +131,7 @@ def _single(run: Run) -> dict[str, Any]:
         "union": union,
         "guards": (results["attacked"] or {}).get("guards"),
         "rounded": (results["attacked"] or {}).get("accuracy_8bit"),
+        "last": (results["attacked"] or {}).get("accuracy_last"),
         "seconds": results["seconds"].get("by_attack"),
         "forced": forced,
         "slowdowns": [name for name in forced or {} if name not in attacks],
