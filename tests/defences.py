@@ -1,8 +1,8 @@
 """Defences that seem to work: each hides from plain gradient attacks what it does not take away.
 
-All but the last are made of the same plainly trained network for the digits, so that the truth is known: at this radius
-hardly an image withstands anything. `DEFENCES` are what the tests and benchmarks/broken_defences.py put before an
-evaluation.
+Those without exits are made of the same plainly trained network for the digits, so that the truth is known: at this
+radius hardly an image withstands anything. Those with exits have a head that a pattern of single pixels always turns.
+`DEFENCES` are what the tests and benchmarks/broken_defences.py put before an evaluation.
 """
 
 from __future__ import annotations
@@ -130,6 +130,19 @@ class Steps(nn.Module):
         return self.head((x * 31).round() / 31)
 
 
+class Misleading(nn.Module):
+    """Rounded pixels, and a slope on top that leads nowhere: no gradient is 0, and none is true."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = Steps(head)
+        self.slope = nn.Linear(64, 10)
+        self.slope.weight.data = torch.randn(10, 64, generator=torch.Generator().manual_seed(2)) / 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) + self.slope(x.flatten(1))
+
+
 def masked_and_rounded(cover: Callable[[nn.Module], nn.Module]) -> MultiExit:
     """The weak head behind its threshold gives no gradient either; the sound one does, so no attack is quite blind."""
     sound = network(0.5, seed=1).eval()
@@ -146,5 +159,6 @@ DEFENCES: dict[str, Callable[[], nn.Module]] = {
     "masked weak exit": masked,
     "masked weak exit, rounded logits": lambda: masked_and_rounded(Coarse),
     "masked weak exit, rounded inputs": lambda: masked_and_rounded(Steps),
+    "masked weak exit, false slopes": lambda: masked_and_rounded(Misleading),
 }
 """By name: a builder of the defended network, in evaluation mode."""

@@ -245,7 +245,8 @@ def test_a_record_has_the_fields_of_robustbench(attacked: Path, capsys: pytest.C
     assert entry["verified_acc"] == f"{100 * found['verified_accuracy']:.2f}"
     assert float(entry["external_8bit"]) >= float(entry["external"])
     assert entry["autoattack_acc"] is None
-    assert entry["unreliable"] == (found["attacked"]["guards"]["verdict"] == "suspicious")
+    verdict = found["attacked"]["guards"]["verdict"]
+    assert entry["unreliable"] is {"suspicious": True, "reliable": False, "not evaluated": None}[verdict]
     assert (entry["dataset"], entry["architecture"], entry["eps"], entry["norm"], entry["n"]) == (
         *("digits", "digits_small", "0.02", "Linf"),
         30,

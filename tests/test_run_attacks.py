@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import small_run
 import swiftsure as ss
@@ -18,6 +19,7 @@ from swiftsure.attacks.questions import CHECKS
 from swiftsure.cli import main
 from swiftsure.errors import InputError, SoundnessError
 from swiftsure.exits import MultiExit
+from swiftsure.subject import open_subject
 
 N = 40
 EXITS = (
@@ -140,10 +142,32 @@ def test_what_guards_alone_find_is_in_the_union(
     attacked = results.read(folder)["attacked"]
     assert list(attacked["accuracy"]) == ["idle", "guards", "union"] == list(attacked["accuracy_last"])
     assert attacked["accuracy"]["union"] == attacked["accuracy"]["guards"] < attacked["accuracy"]["idle"]
+    assert attacked["accuracy_last"]["guards"] <= attacked["accuracy_last"]["idle"]
     table = samples.read(folder)
     assert (table["attack:guards"] == table["attack:union"]).all()
     assert not (table["attack:union"].astype(bool) & table["certified"].astype(bool)).any()
     assert not table["attack:guards"][30:][table["correct"][30:] == 1].any(), "guards ask about the first 30"
+
+
+def test_guards_break_a_network_that_draws_random_numbers(exits: Path) -> None:
+    """Some of what they found is wrong without attack by the time it joins the union."""
+    subject = open_subject(exits, device="cpu", eps=0.15)
+    net, draws = subject.net, torch.Generator().manual_seed(0)
+    assert isinstance(net, MultiExit)
+
+    class Noisy(nn.Module):
+        def __init__(self, stage: nn.Module) -> None:
+            super().__init__()
+            self.stage = stage
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.stage(x + torch.randn(x.shape, generator=draws) / 4)
+
+    net.stages[0] = Noisy(net.stages[0])
+    attacked = run_attacks.attack(subject, "quick", guards=N)
+    assert attacked.guards.checks["randomness"].verdict == "suspicious"
+    assert attacked.guards.broken
+    assert list(attacked.found.broken)[-1] == "guards"
 
 
 def test_a_run_measured_before_there_were_guards(

@@ -89,8 +89,9 @@ def attack(
             if said.broken:
                 # What guards break is broken: it counts in the union, as an attack of that name.
                 index = torch.tensor(list(said.broken))
-                images = torch.stack(list(said.broken.values()))
-                where: Attack = lambda net, x, *_, **__: images.to(x.device)  # noqa: E731
+                # By image: of a network that draws random numbers some may be wrong by now, and drop out.
+                found_for = {key(x[place]): image for place, image in said.broken.items()}
+                where: Attack = lambda net, x, *_, **__: torch.stack([found_for[key(one)] for one in x]).to(x)  # noqa: E731
                 more = run_suite(
                     net, x[index.to(x.device)], y[index.to(y.device)], subject.ball, suite, batch=len(index),
                     judge=judge, answer=deployed.adaptive, attacks={GUARDS: where},
@@ -103,6 +104,11 @@ def attack(
             with _steps("slow down", subject.n * len(SLOWDOWNS)) as step:
                 slowed = run_slowdown(net, x, y, subject.ball, seed=seed, progress=step, clock=clock)
     return Attacked(found, said, slowed, subject.answers(found.worst))
+
+
+def key(image: torch.Tensor) -> bytes:
+    """What tells an image from all others."""
+    return image.detach().cpu().contiguous().numpy().tobytes()
 
 
 def columns(attacked: Attacked) -> Table:

@@ -28,6 +28,7 @@ from swiftsure.certificates import certifying
 from swiftsure.errors import InputError, UnsupportedError
 from swiftsure.exits import MultiExit
 from swiftsure.modes import evaluating
+from swiftsure.precision import in_full_precision
 
 _NORMS = {"Linf": "inf", "L2": "2", "L1": "1"}
 _VERSIONS = ("standard", "plus", "custom")
@@ -94,6 +95,7 @@ class AutoAttack:
         self.attacks_to_run = list(attacks_to_run) if version == "custom" else list(self._known())
         """Names, in the order in which they are run; set it to run others."""
 
+    @in_full_precision
     def run_standard_evaluation(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -144,6 +146,7 @@ class AutoAttack:
         self._log(f"robust accuracy: {(~broken).double().mean():.2%}")
         return (x_adv, self._labels(x_adv, bs).to(y_orig)) if return_labels else x_adv
 
+    @in_full_precision
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
@@ -169,6 +172,7 @@ class AutoAttack:
             self.attacks_to_run, self.verbose = chosen, verbose
         return found
 
+    @in_full_precision
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """The share of samples that the network gets right."""
         right = (self._labels(x_orig, bs) == y_orig.to(self.device)).double().mean().item()
@@ -193,14 +197,14 @@ class AutoAttack:
             shape = (getattr(self.model, "config", None) or {}).get("input_shape", (1,))
             suite = "full" if plus else "standard"
             return attacks_for(suite, self.model.exits, shape[0], self.model.policy)
-        # AutoAttack gives the sparse ball more restarts and fewer targets.
+        # AutoAttack gives the sparse ball more restarts, and apgd-t fewer targets.
         sparse = self.ball.norm == "1"
         restarts, targets = (5 if plus or sparse else 1), (5 if sparse else 9)
         known: dict[str, Attack] = {
             "apgd-ce": partial(apgd, restarts=restarts),
             "apgd-dlr": partial(apgd, restarts=restarts, objective=dlr),
             "apgd-t": partial(apgd_targeted, targets=targets),
-            "fab-t": partial(fab_targeted, targets=targets),
+            "fab-t": fab_targeted,
             "square": partial(square, steps=5000),
         }
         if self.version == "standard":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftsure import models, results, run
-from swiftsure.attacks.questions import SUSPICIOUS
+from swiftsure.attacks.questions import RELIABLE, SUSPICIOUS
 from swiftsure.errors import InputError
 
 ABOUT = ("link", "name", "authors", "venue", "additional_data", "reported", "footnote")
@@ -21,8 +21,9 @@ def record(folder: str | Path, **about: Any) -> dict[str, Any]:
     """RobustBench's fields, from what was measured; accuracies are percentages in text, as there.
 
     "external" is its field for the robust accuracy by another evaluation than AutoAttack's: the per-sample union of the
-    suite. "autoattack_acc" is left to AutoAttack. "unreliable" is true where the guards are suspicious. Fields that
-    RobustBench has not: norm, n, suite, guards, verified_acc, external_8bit, macs (a mean over the clean images).
+    suite. "autoattack_acc" is left to AutoAttack. "unreliable" is true where the guards are suspicious, null where they
+    were not asked. Fields that RobustBench has not: norm, n, suite, guards, verified_acc, external_8bit, macs (a mean
+    over the clean images).
 
     Args:
         folder: a run directory, attacked.
@@ -57,7 +58,7 @@ def record(folder: str | Path, **about: Any) -> dict[str, Any]:
         "reported": None,
         "autoattack_acc": None,
         "external": _percent(attacked["accuracy"]["union"]),
-        "unreliable": None if guards is None else guards["verdict"] == SUSPICIOUS,
+        "unreliable": None if guards is None else {SUSPICIOUS: True, RELIABLE: False}.get(guards["verdict"]),
         "footnote": None,
         **about,
         "norm": {"inf": "Linf", "2": "L2", "1": "L1"}[attacked["ball"]["norm"]],

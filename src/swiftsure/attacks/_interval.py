@@ -86,6 +86,9 @@ def interval_attack(
     except InputError as error:
         raise UnsupportedError(str(error)) from None
     check_exit(exit, len(graph.outputs))
+    if graph.nodes[graph.outputs[exit]].shape[0] < 2:
+        # No wrong class to go to.
+        moves = 0
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
         found = Found(x.clone(), x.new_full((len(x),), -math.inf), torch.zeros_like(y, dtype=torch.bool))

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._apgd import apgd
+from swiftsure.attacks._fab import fab_targeted
 from swiftsure.attacks._gradient import GradientReport, GradientTally, attacking, looked_at
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks._square import square
 from swiftsure.attacks.forms import transferred
-from swiftsure.attacks.gates import gate_forcing
+from swiftsure.attacks.gates import deployed, gate_forcing
 from swiftsure.attacks.objectives import (
     Judge,
     Objective,
@@ -24,6 +25,7 @@ from swiftsure.attacks.objectives import (
     cross_entropy,
     margin,
     single,
+    targeted_margin,
 )
 from swiftsure.attacks.suite import SuiteResult
 from swiftsure.ball import Ball
@@ -41,6 +43,9 @@ LEAST = 20
 BLIND = 0.05
 """Share of unusable gradients from which on an attack counts as blind. Networks that hide nothing have exact zeros only
 where a logit's probability underflows; on those of results/ the share was 0 at every step."""
+AGREES = 0.5
+"""Cosine from which on slopes tell the truth. On the networks of results/, in their own balls, it was .90 or more."""
+_MOVES = 8
 NEW = 0.01
 """Share of the samples that a further attack may break on its own. Two runs of one good attack differ by some tenths of
 a point, so that of 200 samples one or two are chance, and three hardly ever are (2% where the truth is 0.3%)."""
@@ -153,27 +158,58 @@ def randomness(asked: Asked) -> Check:
 
 
 def gradients(asked: Asked, found: SuiteResult) -> Check:
-    """Of the suite's attacks as a whole, and of each exit that may answer."""
-    if asked.policy is not None and asked.policy.exits > 1:
-        blind = [exit for exit in range(asked.policy.exits) if asked.policy.may_answer(exit)]
-        shares = {exit: _unusable(asked, single(exit, margin)) for exit in blind}
-        worst_exit = max(shares, key=lambda exit: shares[exit])
-        if shares[worst_exit] > BLIND:
-            where = f"exit {worst_exit + 1}, which may answer, has {shares[worst_exit]:.1%} of its gradients"
-            return Check(SUSPICIOUS, f"{where} zero or no number at random points of the ball")
+    """Of the suite's attacks as a whole, and of each exit that may answer: are they there, and are they true?"""
+    policy = asked.policy
+    if policy is None or policy.exits == 1:
+        named: dict[str, Objective] = {"the network": margin}
+    else:
+        named = {
+            f"exit {exit + 1}, which may answer,": single(exit, margin)
+            for exit in range(policy.exits)
+            if policy.may_answer(exit)
+        }
+    for name, objective in named.items():
+        unusable, agreement = _slopes(asked, objective)
+        if unusable > BLIND and len(named) > 1:
+            reason = (
+                f"{name} has {unusable:.1%} of its gradients zero or no number at random points of the ball"
+            )
+            return Check(SUSPICIOUS, reason)
+        if agreement < AGREES and unusable <= BLIND:
+            reason = f"{name} does not change as its gradients say (median cosine {agreement:.2f})"
+            return Check(SUSPICIOUS, reason)
     return _of_the_suite(found)
 
 
-def _unusable(asked: Asked, objective: Objective) -> float:
-    """The share of zero or non-finite gradients of an objective, at one random point of each ball."""
+def _slopes(asked: Asked, objective: Objective) -> tuple[float, float]:
+    """Of an objective's gradients at random points of the balls.
+
+    Returns:
+        The share that is zero or no number; and the median over samples of the cosine between the changes along
+        `_MOVES` random moves, each a quarter as long as the ball is wide, and what the mean of the gradients at both
+        ends says of them. A network of flat pieces, as ReLUs make, has nearly 1; rounding hides steps from its slopes.
+    """
     generator, report = torch.Generator().manual_seed(asked.seed), GradientReport()
-    tally = GradientTally(report)
+    tally, cosines = GradientTally(report), []
     with attacking(asked.net):
         for x, y in zip(asked.x.split(asked.batch), asked.y.split(asked.batch), strict=True):
-            there = asked.ball.sample(x.to(asked.device), generator)
-            tally.add(looked_at(asked.net, there, y.to(asked.device), objective)[2])
+            x, y = x.to(asked.device), y.to(asked.device)
+            here = asked.ball.sample(x, generator)
+            _, value, slope = looked_at(asked.net, here, y, objective)
+            tally.add(slope)
+            said, seen = [], []
+            for _ in range(_MOVES):
+                there = asked.ball.project(here + (asked.ball.sample(x, generator) - x) / 4, x)
+                _, moved, other = looked_at(asked.net, there, y, objective)
+                said.append(((slope + other).double() / 2 * (there - here)).flatten(1).sum(1))
+                seen.append((moved - value).double())
+            one, two = (torch.nan_to_num(torch.stack(part)) for part in (said, seen))
+            lengths = one.norm(dim=0) * two.norm(dim=0)
+            # Where nothing moves and nothing was said to, both are right.
+            idle = (one == 0).all(0) & (two == 0).all(0)
+            cosines.append(torch.where(idle, 1.0, (one * two).sum(0) / lengths.clamp_min(1e-300)))
     tally.close()
-    return report.zero_share + report.nonfinite_share
+    return report.zero_share + report.nonfinite_share, torch.cat(cosines).median().item()
 
 
 def _of_the_suite(found: SuiteResult) -> Check:
@@ -212,7 +248,14 @@ def restarts(asked: Asked, suite: str) -> Check:
         partial(apgd, objective=objective, judge=asked.judge, steps=steps, restarts=restarts)
         for objective, restarts in ((asked.over(margin), 5), *((gate, 2) for gate in asked.gates))
     ]
-    towards = " and 2 towards each gate" if len(attacks) > 1 else ""
+    towards = " and 2 towards each gate" if asked.gates else ""
+    if asked.ball.norm != "inf":
+        # There the nearest boundary is another question than the highest point.
+        aim = targeted_margin if asked.policy is None else deployed(asked.policy, targeted_margin)
+        attacks.append(
+            partial(fab_targeted, objective=aim, judge=asked.judge, steps=steps, random_start=True)
+        )
+        towards += " and fab-t from another start"
     return asked.further(
         partial(_one_after_another, attacks, asked.judge),
         f"apgd with 5 restarts on the margin{towards} ({steps} steps)",

@@ -94,6 +94,7 @@ class SuiteResult:
         exits: per attack name, (n,) int64, by which exit, from 0, its image of each sample leaves; empty where
             `run_suite` was not given what answers.
         costs: the same for multiply-adds.
+        misclassified_last: (n,) bool, whether the last exit alone is wrong without attack; empty where not known.
         broken_last: of networks with several exits that answer by a policy: per attack name, (n,) bool, whether the
             last exit alone would be wrong on the same images (or on x itself); else empty. It says what the other exits
             cost in robustness, as far as the attacks do not know the policy.
@@ -110,6 +111,7 @@ class SuiteResult:
     gradients: dict[str, GradientReport] = field(default_factory=dict)
     exits: dict[str, Tensor] = field(default_factory=dict)
     costs: dict[str, Tensor] = field(default_factory=dict)
+    misclassified_last: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
     broken_last: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -119,18 +121,16 @@ class SuiteResult:
         Exits, costs and seconds of those attacks are not noted.
 
         Args:
-            index: (m,), the places of those samples, all right without attack.
+            index: (m,), the places of those samples.
             more: what was found on them, (m,).
         """
         new = more.union & ~self.union[index]
         self.worst[index[new]] = more.worst[new]
-        # What every attack so far has in common is, of the last exit, as good as what holds without any.
-        common = [torch.stack([*self.broken_last.values()]).all(0)] if self.broken_last else []
         for name in more.broken:
             self.broken[name] = self.misclassified.index_copy(0, index, more.broken[name])
             self.broken_8bit[name] = self.misclassified.index_copy(0, index, more.broken_8bit[name])
-            for before in common:
-                self.broken_last[name] = before.index_copy(0, index, more.broken_last[name])
+            if name in more.broken_last:
+                self.broken_last[name] = self.misclassified_last.index_copy(0, index, more.broken_last[name])
 
     @property
     def n(self) -> int:
@@ -246,12 +246,13 @@ def run_suite(
     clean_macs = torch.cat([part.macs for part in before if part.macs is not None] or [torch.empty(0)])
     clean_exit = torch.cat([part.exit for part in before if part.exit is not None] or [torch.empty(0)])
     result = SuiteResult(suite, ball, wrong, x.cpu().clone())
-    last = torch.cat([part.last for part in before if part.last is not None] or [torch.empty(0)])
+    if several:
+        result.misclassified_last = torch.cat([part.last for part in before if part.last is not None])
     worst = _Worst(result.worst, wrong.clone(), torch.cat([part.margin for part in before]))
     for name, attack in attacks.items():
         began = clock()
         report, broken, broken_8bit = GradientReport(), wrong.clone(), wrong.clone()
-        macs, exit, broken_last = clean_macs.clone(), clean_exit.clone(), last.clone()
+        macs, exit, broken_last = clean_macs.clone(), clean_exit.clone(), result.misclassified_last.clone()
         for start in starts:
             index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
             if len(index):
