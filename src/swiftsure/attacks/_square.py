@@ -48,9 +48,9 @@ def square(
     the budget that another has, in the shape of a bump and its negative side by side. Each sample has windows and
     signs of its own, and drops out of the batch as soon as it is broken.
 
-    Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; and
-    in L2 and L1 every other late query moves only a random part of the budget, half of the time in the shape of one
-    bump.
+    Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; a bump
+    in L1 is one pixel, as budget spread thinly there moves little; and in L2 and L1 every other late query moves only a
+    random part of the budget, half of the time in the shape of one bump.
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; left as found.
@@ -160,7 +160,7 @@ def mosaic(x: Tensor, ball: Ball, draw: Draw) -> Tensor:
     batch, channels, height, width = x.shape
     side = max(1, min(height, width) // 5)
     rows, columns = height // side, width // side
-    shape = bump(side, side, x).repeat(rows, columns)
+    shape = bump(side, side, x, ball.norm).repeat(rows, columns)
     signs = draw.signs(batch, channels, rows, columns)
     signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
     delta = torch.zeros_like(x)
@@ -192,18 +192,20 @@ def move_budget(x: Tensor, best: Tensor, side: int, fine: bool, ball: Ball, draw
     idle = (ball.radius**power - spent(delta).sum(1, keepdim=True)).clamp_min(0) / channels
     budget = (spent(delta) - spent(rest)).clamp_min(0) + idle
     held = delta.gather(2, gains)
-    new = _unit(_shapes(side, fine, batch, draw) * draw.signs(batch, channels, 1), power)
+    new = _unit(_shapes(side, fine, batch, draw, ball.norm) * draw.signs(batch, channels, 1), power)
     new = _unit((new * draw.shares(batch) if fine else new) + _unit(held, power), power)
     new = new * budget ** (1 / power)
     return ball.project(x + rest.scatter(2, gains, new).view_as(x), x)
 
 
-def _shapes(side: int, fine: bool, batch: int, draw: Draw) -> Tensor:
+def _shapes(side: int, fine: bool, batch: int, draw: Draw, norm: str) -> Tensor:
     """Two bumps of opposite sign side by side or one upon the other; if fine, half of them one bump: (batch, 1, n)."""
-    halves = torch.cat([bump(side // 2, side, draw.like), -bump(side - side // 2, side, draw.like)])
+    halves = torch.cat(
+        [bump(side // 2, side, draw.like, norm), -bump(side - side // 2, side, draw.like, norm)]
+    )
     shapes = torch.where(draw.signs(batch, 1, 1) > 0, halves.flatten(), halves.t().flatten())
     if fine:
-        shapes = torch.where(draw.signs(batch, 1, 1) > 0, bump(side, side, draw.like).flatten(), shapes)
+        shapes = torch.where(draw.signs(batch, 1, 1) > 0, bump(side, side, draw.like, norm).flatten(), shapes)
     return shapes
 
 
@@ -212,14 +214,18 @@ def _unit(values: Tensor, power: float) -> Tensor:
     return values / torch.linalg.vector_norm(values, ord=power, dim=2, keepdim=True).clamp_min(1e-10)
 
 
-def bump(height: int, width: int, like: Tensor) -> Tensor:
-    """A pyramid of nested rectangles, highest in the middle: (height, width), positive."""
-    return _bump(height, width).to(like)
+def bump(height: int, width: int, like: Tensor, norm: str = "2") -> Tensor:
+    """A pyramid of nested rectangles, highest in the middle; in L1 one pixel: (height, width), never negative."""
+    return _bump(height, width, norm).to(like)
 
 
 @functools.cache
-def _bump(height: int, width: int) -> Tensor:
+def _bump(height: int, width: int, norm: str) -> Tensor:
     """The k-th ring from outside, of n, is higher than the one around it by 1 / (n + 1 - k)^2."""
+    if norm == "1":
+        point = torch.zeros(height, width)
+        point[height // 2, width // 2] = 1
+        return point
     rings = max(height, width) // 2 + 1
     total = torch.zeros(height, width)
     for ring in range(rings):
