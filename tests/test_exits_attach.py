@@ -423,3 +423,44 @@ def test_what_a_strangers_code_raises_is_one_line(error: Exception) -> None:
         attach(trunk, {"1": Raises()}, torch.rand(1, 1, 8, 8))
     with pytest.raises(InputError, match="the backbone cannot take"):
         attach(Raises(), {"1": "linear"}, torch.rand(1, 1, 8, 8))
+
+
+class Shared(nn.Module):
+    """What crosses the cut behind c2 is one memory twice, and is changed in place later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = (
+            nn.Conv2d(1, 4, 3, 1, 1),
+            nn.Conv2d(1, 4, 3, 1, 1),
+            nn.Conv2d(4, 4, 3, 1, 1),
+        )
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.c1(x)
+        v = y.flatten(2)
+        t = self.c2(x)
+        self.relu(y)
+        return self.fc((self.c3(t).flatten(2) + v).mean(1))
+
+
+def test_two_views_of_one_memory_do_not_cross_a_cut() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="share memory"):
+        attach(Shared(), {"c2": "pooled"}, torch.rand(1, 1, 8, 8))
+
+
+def test_a_mean_over_the_batch_is_noticed() -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c1, self.fc = nn.Conv2d(1, 4, 3, 1, 1), nn.Linear(256, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.c1(x).relu()
+            return self.fc(h.flatten(1)) + h.mean()
+
+    torch.manual_seed(0)
+    with pytest.raises(InputError, match="depends on the images beside it"):
+        attach(Mean(), {"c1": "pooled"}, torch.rand(1, 1, 8, 8))

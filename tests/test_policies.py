@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swiftsure.errors import InputError
 from swiftsure.exits import Policy, confidence, entropy, equal_share, within_macs
+from swiftsure.exits.thresholds import in_shares
 
 
 def logits(exits: int, samples: int, classes: int = 4, seed: int = 0, scale: float = 3.0) -> list[Tensor]:
@@ -248,3 +249,22 @@ def test_bad_input_is_one_line(call, words: str) -> None:
         call()
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("macs", "budget", "said"),
+    [
+        ([1.0, math.nan, 3.0], 2.0, "costs are"),
+        ([3.0, 2.0, 1.0], 3.0, "do not fall from exit to exit"),
+        ([1.0, 2.0, 3.0], True, "macs is True"),
+    ],
+)
+def test_costs_that_cannot_be(macs: list[float], budget: float, said: str) -> None:
+    z, y = logits(3, 9), torch.zeros(9, dtype=torch.int64)
+    with pytest.raises(InputError, match=said):
+        within_macs(z, y, macs, budget)
+
+
+def test_shares_that_overflow() -> None:
+    with pytest.raises(InputError, match="shares are"):
+        in_shares(logits(3, 9), [1e308, 1e308, 1.0])

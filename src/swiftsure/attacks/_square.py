@@ -48,9 +48,9 @@ def square(
     the budget that another has, in the shape of a bump and its negative side by side. Each sample has windows and
     signs of its own, and drops out of the batch as soon as it is broken.
 
-    Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; a bump
-    in L1 is one pixel, as budget spread thinly there moves little; and in L2 and L1 every other late query moves only a
-    random part of the budget, half of the time in the shape of one bump.
+    Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; a
+    bump in L1 is one pixel, as budget spread thinly there moves little; and in L2 and L1 every other late query moves
+    only a random part of the budget, half of the time in the shape of one bump.
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; left as found.

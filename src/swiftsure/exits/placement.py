@@ -55,8 +55,8 @@ def placed(backbone: nn.Module, exits: int, example: Tensor, classes: int) -> di
     places = [place for place in places if place.crossing == least]
     if len(places) < exits - 1:
         raise InputError(
-            f"exits is {exits}, and {type(backbone).__name__} has {len(places)} places to cut; allowed: 1 to "
-            f"{len(places) + 1}"
+            f"exits is {exits}, and {type(backbone).__name__} has {len(places)} places to cut that carry no skip; "
+            f"allowed: 1 to {len(places) + 1}, or a table of module names and heads"
         )
     chosen: list[int] = []
     for number in range(1, exits):

@@ -99,7 +99,7 @@ def in_shares(logits: Sequence[Tensor], shares: Sequence[float], rule: str = "en
     scores = _scores(logits, rule)
     exits, samples = len(logits), len(logits[0])
     known = all(isinstance(share, int | float) and 0 <= share < math.inf for share in shares)
-    if len(shares) != exits or not known or not sum(shares) > 0:
+    if len(shares) != exits or not known or not 0 < sum(shares) < math.inf:
         raise InputError(f"shares are {list(shares)}; allowed: {exits} numbers >= 0, not all 0")
     inside = torch.arange(samples)
     chosen = []
@@ -143,7 +143,11 @@ def within_macs(
     scores = _scores(logits, rule)
     if len(macs) != len(logits):
         raise InputError(f"{len(macs)} costs for {len(logits)} exits; allowed: one for each")
-    if not isinstance(budget, int | float) or not budget >= macs[0]:
+    if not all(before <= cost < math.inf for before, cost in zip([0, *macs], macs, strict=False)):
+        raise InputError(
+            f"costs are {list(macs)}; allowed: finite numbers >= 0 that do not fall from exit to exit"
+        )
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget >= macs[0]:
         raise InputError(
             f"macs is {budget!r}; allowed: a number from {macs[0]:,} (all leave at the first exit) on"
         )
