@@ -93,7 +93,9 @@ def pgd(
     def run(number: int, x: Tensor, y: Tensor) -> Found:
         start = ball.sample(x, generator) if random_start or number > 0 else x.clone()
         if gradient is input_gradient and judge is not never:
-            return climb(net, x, y, start, ball, objective, judge, steps, step_size, tally)
+            # The end of a single run is compared with nothing, so nobody need look at it.
+            looks = steps + 1 if restarts > 1 else steps
+            return climb(net, x, y, start, ball, objective, judge, steps, step_size, tally, looks)
         x_adv = ascend(net, x, y, start, ball, objective, steps, step_size, tally, gradient)
         if restarts == 1:
             # Nothing to compare it with.
@@ -119,15 +121,19 @@ def climb(
     steps: int,
     step_size: float,
     tally: GradientTally | None,
+    looks: int | None = None,
 ) -> Found:
-    """One run from a start in the ball, that samples leave at the first point that is broken."""
+    """One run from a start in the ball, that samples leave at the first point that is broken.
+
+    Of `looks` points the objective and the judge are asked; None: of all, the last one included.
+    """
     found = Found(
         start.clone(),
         x.new_full((len(x),), -math.inf),
         torch.zeros(len(x), dtype=torch.bool, device=x.device),
     )
     rule, now, left = _RULES[ball.norm](ball, x, step_size), start, torch.arange(len(x), device=x.device)
-    for step in range(steps + 1):
+    for step in range(steps + 1 if looks is None else looks):
         logits, loss, grad = looked_at(net, now, y, objective, gradient=step < steps)
         if tally is not None and step < steps:
             tally.add(grad)
@@ -141,6 +147,7 @@ def climb(
                 break
             rule = _RULES[ball.norm](ball, x, step_size)
         now = rule(now, grad, step / steps)
+    found.x_adv[left] = now
     return found
 
 
