@@ -70,7 +70,7 @@ def test_always_inside(attack, seed, norm, eps, classes):
 
 
 @ALL
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (1, 9, 1), (3, 2, 7)])
 @pytest.mark.parametrize("norm", NORMS)
 def test_any_shape_and_no_image(attack, shape, norm):
     torch.manual_seed(0)

@@ -224,7 +224,8 @@ def _bump(height: int, width: int, norm: str) -> Tensor:
     """The k-th ring from outside, of n, is higher than the one around it by 1 / (n + 1 - k)^2."""
     if norm == "1":
         point = torch.zeros(height, width)
-        point[height // 2, width // 2] = 1
+        # An image of one row has no half above the other.
+        point[height // 2 : height // 2 + 1, width // 2 : width // 2 + 1] = 1
         return point
     rings = max(height, width) // 2 + 1
     total = torch.zeros(height, width)
