@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -125,8 +127,48 @@ def apgd_targeted(
 
     Returns, raises: as `apgd`.
     """
-    check_count("targets", targets, 1)
+
+    def run(aim: Aim, x: Tensor, pair: Tensor) -> Found:
+        start = _start(x, ball, generator) if random_start or aim.number > 0 else x.clone()
+        return _ascend(net, x, pair, ball, start, aim.objective, aim.judge, steps, aim.tally)
+
     check_count("steps", steps, 0)
+    return towards_each(net, x, y, ball, run, objective, judge, targets, exit, restarts, report)
+
+
+class Aim(NamedTuple):
+    """What one run towards one wrong class goes by."""
+
+    number: int
+    """Of the run, from 0."""
+    round: int
+    """How often every class was aimed at before."""
+    objective: Objective
+    """(tuple of logits, (label, target) pairs) -> (B,)."""
+    judge: Judge
+    """Of the same."""
+    tally: GradientTally | None
+
+
+# Takes images and (label, target) pairs, (B, 2).
+TargetedRun = Callable[[Aim, Tensor, Tensor], Found]
+
+
+def towards_each(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    ball: Ball,
+    run: TargetedRun,
+    objective: TargetedObjective,
+    judge: Judge,
+    targets: int,
+    exit: int,
+    restarts: int,
+    report: GradientReport | None,
+) -> Tensor:
+    """An attack towards one wrong class after another, as `apgd_targeted` describes it; all arguments are in order."""
+    check_count("targets", targets, 1)
     check_count("restarts", restarts, 1)
     x, y = checked_inputs(net, x, y, ball)
     if ball.radius == 0 or len(x) == 0:
@@ -135,18 +177,18 @@ def apgd_targeted(
     ranked = likeliest_wrong(net, x, y, exit, targets)
     aims = ranked.shape[1]
 
-    def run(number: int, x: Tensor, labels: Tensor) -> Found:
-        pair = labels[:, [0, 1 + number % aims]]
-        start = _start(x, ball, generator) if random_start or number > 0 else x.clone()
-        return _ascend(
-            net, x, pair, ball, start,
+    def one(number: int, x: Tensor, labels: Tensor) -> Found:
+        aim = Aim(
+            number,
+            number // aims,
             lambda logits, pair: objective(logits, pair[:, 0], pair[:, 1]),
             lambda logits, pair: judge(logits, pair[:, 0]),
-            steps, tally,
-        )  # fmt: skip
+            tally,
+        )
+        return run(aim, x, labels[:, [0, 1 + number % aims]])
 
     with attacking(net):
-        worst = worst_of(x, torch.cat([y[:, None], ranked], 1), aims * restarts, run)
+        worst = worst_of(x, torch.cat([y[:, None], ranked], 1), aims * restarts, one)
     if tally is not None:
         tally.close()
     return assert_inside(worst, x, ball)

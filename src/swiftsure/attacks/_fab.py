@@ -7,17 +7,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks._apgd import likeliest_wrong
+from swiftsure.attacks._apgd import Aim, towards_each
 from swiftsure.attacks._gradient import (
     GradientReport,
     GradientTally,
-    assert_inside,
-    attacking,
     check_count,
-    checked_inputs,
     looked_at,
 )
-from swiftsure.attacks._restarts import Found, worst_of
+from swiftsure.attacks._restarts import Found
 from swiftsure.attacks.objectives import Judge, Objective, TargetedObjective, misclassified, targeted_margin
 from swiftsure.ball import Ball
 
@@ -64,33 +61,14 @@ def fab_targeted(
 
     Returns, raises: as `apgd_targeted`.
     """
-    check_count("targets", targets, 1)
+
+    def run(aim: Aim, x: Tensor, pair: Tensor) -> Found:
+        halfway = random_start or aim.round > 0
+        start = x + (ball.sample(x, generator) - x) / 2 if halfway else x.clone()
+        return _approach(net, x, pair, ball, start, aim.objective, aim.judge, steps, aim.tally)
+
     check_count("steps", steps, 1)
-    check_count("restarts", restarts, 1)
-    x, y = checked_inputs(net, x, y, ball)
-    if ball.radius == 0 or len(x) == 0:
-        return x.clone()
-    tally = None if report is None else GradientTally(report)
-    ranked = likeliest_wrong(net, x, y, exit, targets)
-    aims = ranked.shape[1]
-
-    def run(number: int, x: Tensor, labels: Tensor) -> Found:
-        pair = labels[:, [0, 1 + number % aims]]
-        start = x.clone()
-        if random_start or number >= aims:
-            start = x + (ball.sample(x, generator) - x) / 2
-        return _approach(
-            net, x, pair, ball, start,
-            lambda logits, pair: objective(logits, pair[:, 0], pair[:, 1]),
-            lambda logits, pair: judge(logits, pair[:, 0]),
-            steps, tally,
-        )  # fmt: skip
-
-    with attacking(net):
-        worst = worst_of(x, torch.cat([y[:, None], ranked], 1), aims * restarts, run)
-    if tally is not None:
-        tally.close()
-    return assert_inside(worst, x, ball)
+    return towards_each(net, x, y, ball, run, objective, judge, targets, exit, restarts, report)
 
 
 def _approach(
