@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swiftsure import models, run, usage
 from swiftsure.attacks import SLOWDOWNS, SlowdownResult, SuiteResult, attacks_for, run_slowdown, run_suite
 from swiftsure.attacks.guards import Guards, guard, not_evaluated
 from swiftsure.attacks.questions import CHECKS
-from swiftsure.attacks.suite import Attack
 from swiftsure.certificates import certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError
@@ -87,16 +86,7 @@ def attack(
                     progress=lambda _: advance(1), clock=clock,
                 )  # fmt: skip
             if said.broken:
-                # What guards break is broken: it counts in the union, as an attack of that name.
-                index = torch.tensor(list(said.broken))
-                # By image: of a network that draws random numbers some may be wrong by now, and drop out.
-                found_for = {key(x[place]): image for place, image in said.broken.items()}
-                where: Attack = lambda net, x, *_, **__: torch.stack([found_for[key(one)] for one in x]).to(x)  # noqa: E731
-                more = run_suite(
-                    net, x[index.to(x.device)], y[index.to(y.device)], subject.ball, suite, batch=len(index),
-                    judge=judge, answer=deployed.adaptive, attacks={GUARDS: where},
-                )  # fmt: skip
-                found.join(index, more)
+                _join(found, said, subject)
         else:
             said = not_evaluated("no guards were asked for")
         slowed = None
@@ -106,9 +96,26 @@ def attack(
     return Attacked(found, said, slowed, subject.answers(found.worst))
 
 
-def key(image: torch.Tensor) -> bytes:
+def _join(found: SuiteResult, said: Guards, subject: Subject) -> None:
+    """What guards break is broken: it counts in the union, as an attack of the name `GUARDS`."""
+    deployed: Any = subject.net
+    x, y = subject.images.batch(list(said.broken))
+    # By image: of a network that draws random numbers some may be wrong by now, and drop out.
+    images = {_bytes(clean): image for clean, image in zip(x, said.broken.values(), strict=True)}
+
+    def replayed(net: nn.Module, x: Tensor, *_: object, **__: object) -> Tensor:
+        return torch.stack([images[_bytes(clean)] for clean in x]).to(x)
+
+    more = run_suite(
+        deployed, x, y, subject.ball, found.suite,
+        batch=len(x), judge=subject.judge, answer=deployed.adaptive, attacks={GUARDS: replayed},
+    )  # fmt: skip
+    found.join(torch.tensor(list(said.broken)), more)
+
+
+def _bytes(image: Tensor) -> bytes:
     """What tells an image from all others."""
-    return image.detach().cpu().contiguous().numpy().tobytes()
+    return image.cpu().contiguous().numpy().tobytes()
 
 
 def columns(attacked: Attacked) -> Table:
