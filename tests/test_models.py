@@ -160,9 +160,19 @@ def poison(folder):
     safetensors.torch.save_file(state, path)
 
 
+def flip(folder):
+    """One bit of one number: still safetensors, still finite."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (flip, "is not the file that config.json was written with"),
+        (lambda f: damage_config(f, weights_sha256="0" * 64), "one is damaged"),
         (truncate, "damaged or not a safetensors file"),
         (poison, "NaN or infinite"),
         (lambda f: (f / "model.safetensors").write_text("hello"), "damaged or not a safetensors file"),

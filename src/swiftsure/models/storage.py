@@ -79,7 +79,12 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     policy = config.get("policy")
     if policy is not None and not isinstance(model, MultiExit):
         raise InputError(f"{folder / CONFIG} has thresholds of exits; the network has one exit")
-    load_state(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    state = _fitting(model, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    if config.get("weights_sha256") != files.sha256(folder / WEIGHTS):
+        raise InputError(
+            f"{folder / WEIGHTS} is not the file that {CONFIG} was written with (sha256 differs): one is damaged"
+        )
+    model.load_state_dict(state)
     if isinstance(model, MultiExit):
         try:
             model.policy = None if policy is None else Policy.from_dict(policy)
@@ -187,6 +192,11 @@ def load_state(net: nn.Module, state: dict[str, Tensor], source: str | Path = "t
     Raises:
         InputError: the first thing that does not fit; the network is left as it was.
     """
+    net.load_state_dict(_fitting(net, state, source))
+
+
+def _fitting(net: nn.Module, state: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """A state dict that was held against a network's own, in that one's dictionary."""
     own = net.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has an unknown", state.keys() - own.keys())):
         if names:
@@ -205,4 +215,4 @@ def load_state(net: nn.Module, state: dict[str, Tensor], source: str | Path = "t
             raise InputError(f"{source}: {name} holds NaN or infinite values")
     # In the network's own dictionary: some layers look there for the version that they were stored by.
     own.update(state)
-    net.load_state_dict(own)
+    return own
