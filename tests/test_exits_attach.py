@@ -290,6 +290,16 @@ def test_backbones_and_examples_that_do_not_fit(trunk: nn.Module, cuts, example,
     assert "\n" not in str(caught.value)
 
 
+def test_places_that_carry_a_skip_serve_where_there_are_too_few_others() -> None:
+    trunk = backbone().eval()
+    five = ["stem", "first.0", "first", "second.0", "second"]
+    assert list(attach(trunk, 6, images(1)).config["exits"]) == five
+    for exits in range(7, 11):
+        net = attach(trunk, exits, images(1)).eval()
+        assert net.exits == exits
+        assert torch.equal(net(images())[-1], trunk(images()))
+
+
 def test_a_policy_of_another_number_of_exits() -> None:
     with pytest.raises(InputError, match="2 thresholds for 2 exits; allowed: 1"):
         attach(Backbone(), {"stem": "linear"}, images(1), policy=Policy("entropy", [1, 2]))

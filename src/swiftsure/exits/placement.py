@@ -50,14 +50,14 @@ def placed(backbone: nn.Module, exits: int, example: Tensor, classes: int) -> di
     if exits == 1:
         return {}
     total, places = survey(backbone, example)
-    # A cut inside a residual block carries the skip along; where there are others, such places do not count.
-    least = min((place.crossing for place in places), default=0)
-    places = [place for place in places if place.crossing == least]
     if len(places) < exits - 1:
         raise InputError(
-            f"exits is {exits}, and {type(backbone).__name__} has {len(places)} places to cut that carry no skip; "
+            f"exits is {exits}, and {type(backbone).__name__} has {len(places)} places to cut; "
             f"allowed: 1 to {len(places) + 1}, or a table of module names and heads"
         )
+    # A cut inside a residual block carries the skip along; such places count only where there are too few others.
+    bearable = sorted(place.crossing for place in places)[exits - 2]
+    places = [place for place in places if place.crossing <= bearable]
     chosen: list[int] = []
     for number in range(1, exits):
         # Each exit leaves room for those behind it.
@@ -65,7 +65,9 @@ def placed(backbone: nn.Module, exits: int, example: Tensor, classes: int) -> di
         goal = number / exits
         near = [index for index in free if abs(places[index].share - goal) <= 0.25 / exits]
         if near:
-            chosen.append(min(near, key=lambda index: Size(places[index].shape).numel()))
+            chosen.append(
+                min(near, key=lambda index: (places[index].crossing, Size(places[index].shape).numel()))
+            )
         else:
             chosen.append(min(free, key=lambda index: abs(places[index].share - goal)))
     budget = int(HEADS_SHARE * total / (exits - 1))
