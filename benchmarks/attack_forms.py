@@ -1,10 +1,12 @@
 """Seconds a batch of RDI-Nets' attack forms on a network with exits, against K separate attacks done naively.
 
     python benchmarks/attack_forms.py [--net rdi_smallcnn] [--steps 40] [--batch 256] [--rounds 5] [--threads 1]
+        [--channels-last]
 
 All forms are PGD with as many steps. Done naively, an attack on one exit runs the whole network with all its heads,
 whichever exit it is on, and max-average is K of those. Timed in turn, round after round, on the same images; weights
-are as drawn, which changes no operation. Printed are medians over the rounds, and the median of the rounds' ratios.
+are as drawn, which changes no operation. With --channels-last all networks are laid out as training lays them out.
+Printed are medians over the rounds, and the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -72,12 +74,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--channels-last", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     subject = untrained(options.net, options.data, "0.3" if options.data == "mnist" else "8/255", 0)
-    net = subject.net.to(options.device)
+    layout = torch.channels_last if options.channels_last else torch.preserve_format
+    net = subject.net.to(options.device).to(memory_format=layout)  # type: ignore[call-overload]
     assert isinstance(net, MultiExit)
     static = ss.models.build(f"{options.net}_static").eval().to(options.device)
+    static = static.to(memory_format=layout)  # type: ignore[call-overload]
     x, y = (part.to(options.device) for part in subject.batch(options.batch))
     timed = calls(net, static, x, y, subject.ball, options.steps)
     for call in timed.values():
@@ -86,7 +91,8 @@ def main() -> None:
     console = Console(width=110)
     console.print(
         f"{options.net} ({net.exits} exits), PGD of {options.steps} steps, batch {options.batch}, "
-        f"{options.rounds} rounds in turn, {options.threads} threads, {options.device}, torch {torch.__version__}, "
+        f"{options.rounds} rounds in turn, {options.threads} threads, {options.device}, "
+        f"{'channels last, ' if options.channels_last else ''}torch {torch.__version__}, "
         f"{platform.machine()}"
     )
     table = Table()
