@@ -143,6 +143,23 @@ class Misleading(nn.Module):
         return self.head(x) + self.slope(x.flatten(1))
 
 
+class Rippling(nn.Module):
+    """A head that gives no gradient, and ripples on top that move it more than a small random move of the image does.
+
+    No gradient is 0, and slopes agree with what small random moves change.
+    """
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        generator = torch.Generator().manual_seed(3)
+        self.waves = nn.Linear(64, 10, bias=False)
+        self.waves.weight.data = torch.randn(10, 64, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.detach()) + 0.3 * torch.sin(self.waves(x.flatten(1)))
+
+
 def masked_and_rounded(cover: Callable[[nn.Module], nn.Module]) -> MultiExit:
     """The weak head behind its threshold gives no gradient either; the sound one does, so no attack is quite blind."""
     sound = network(0.5, seed=1).eval()
@@ -160,5 +177,6 @@ DEFENCES: dict[str, Callable[[], nn.Module]] = {
     "masked weak exit, rounded logits": lambda: masked_and_rounded(Coarse),
     "masked weak exit, rounded inputs": lambda: masked_and_rounded(Steps),
     "masked weak exit, false slopes": lambda: masked_and_rounded(Misleading),
+    "masked weak exit, ripples": lambda: masked_and_rounded(Rippling),
 }
 """By name: a builder of the defended network, in evaluation mode."""

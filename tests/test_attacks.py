@@ -342,3 +342,31 @@ def test_no_parameter_gradient_is_computed():
     net[1].weight.register_hook(fired.append)
     pgd(net, images(0, 2, 1, 4, 4), torch.zeros(2, dtype=torch.long), Ball(0.1), steps=2)
     assert fired == []
+
+
+def test_fgsm_has_the_signature_of_all():
+    torch.manual_seed(0)
+    net, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(20, 1, 4, 4), torch.arange(20) % 3
+    with torch.no_grad():
+        wrong = net(x).argmax(1) != y
+    every = fgsm(net, x, y, Ball(0.1))
+    x_adv = fgsm(net, x, y, Ball(0.1), judge=misclassified, steps=1, restarts=3, generator=generator(0))
+    assert wrong.any()
+    assert torch.equal(x_adv[wrong], x[wrong])
+    assert torch.equal(x_adv[~wrong], every[~wrong])
+    with pytest.raises(InputError, match="steps is 2; fgsm takes 1, pgd any number"):
+        fgsm(net, x, y, Ball(0.1), steps=2)
+    with pytest.raises(InputError, match="restarts is 0; allowed: an integer >= 1"):
+        fgsm(net, x, y, Ball(0.1), restarts=0)
+
+
+def test_networks_that_cannot_take_the_images_and_balls_that_are_none():
+    net, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(
+        InputError, match=r"the network cannot take images of shape \(1, 5, 5\) and dtype float32"
+    ):
+        pgd(net, torch.rand(2, 1, 5, 5), y, Ball(0.1))
+    with pytest.raises(InputError, match="and dtype float64"):
+        pgd(net, torch.rand(2, 1, 4, 4).double(), y, Ball(0.1))
+    with pytest.raises(InputError, match=r"the ball is 0\.1; allowed: a swiftsure\.Ball"):
+        pgd(net, torch.rand(2, 1, 4, 4), y, 0.1)

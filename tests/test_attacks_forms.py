@@ -71,6 +71,8 @@ def losses(x: Tensor, y: Tensor) -> Tensor:
 def test_the_papers_forms() -> None:
     weak = {f"{method}_{form}" for method in ("fgsm", "wrm") for form in ("main", "average", "max_average")}
     assert set(attacks_for("rdi", 3)) == PGD_FORMS | weak
+    with pytest.raises(InputError, match="suite is 'quik'; allowed: quick, standard, full, rdi"):
+        attacks_for("quik", 3)
     assert {name for name in attacks_for("rdi", 3, 3) if name.startswith("pgd")} == {
         name.replace("40", "20") for name in PGD_FORMS
     }
@@ -100,6 +102,7 @@ def test_with_a_policy_what_answers_is_attacked() -> None:
             "apgd_gates",
             "fab_t_deployed",
             "square5000_deployed",
+            *(["square5000_gates"] if suite == "full" else []),
         }
         assert attacks_for(suite, 1, 1, Policy("entropy", [])) == SUITES[suite]
     # The paper's forms are the paper's.

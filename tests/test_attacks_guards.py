@@ -142,6 +142,25 @@ def test_answers_that_depend_on_the_batch():
     assert "reads its batch" in said.checks["randomness"].reason
 
 
+def test_answers_that_depend_on_the_batch_in_any_order():
+    class Centred(nn.Module):
+        """Each image less the mean of its batch, which no order changes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network(0).eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x - 0.5 * x.mean(0))
+
+    x, y = problem()
+    said = guard(Centred(), x, y, BALL, run_suite(Centred(), x, y, BALL))
+    assert said.checks["randomness"].verdict == SUSPICIOUS
+    assert said.checks["randomness"].reason == (
+        "the same images in smaller batches get other answers: the network reads its batch"
+    )
+
+
 def test_weak_suites_are_found_out():
     """Two short steps leave what more steps, restarts and queries break; no step leaves what noise and others break."""
     net, (x, y) = network(0).eval(), problem()

@@ -58,6 +58,7 @@ def test_eps_is_read(text, value):
         "1e999999999",
         "9" * 400 + "/1",
         None,
+        True,
         [],
     ],
 )

@@ -23,6 +23,8 @@ def parse_eps(value: float | str) -> float:
         InputError: it is not a number from 0 to `LARGEST`.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         above, *below = value.split("/") if isinstance(value, str) else (value,)
         eps = float(above) if not below else float(above) / float(*below)
     except (ValueError, ZeroDivisionError, OverflowError, TypeError):

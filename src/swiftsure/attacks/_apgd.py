@@ -235,13 +235,22 @@ def _ascend(
     tally: GradientTally | None,
 ) -> Found:
     """One climb from a start; y is whatever objective and judge want to know of each sample, (B, ...)."""
-    if ball.norm == "1":
-        for factor, share in _WIDER:
-            wider, part = ball.with_eps(factor * ball.radius), int(share * steps)
-            start = _climb(net, x, y, wider, wider.project(start, x), objective, never, part, tally).x_adv
-        steps -= sum(int(share * steps) for _, share in _WIDER)
-        start = ball.project(start, x)
-    return _climb(net, x, y, ball, start, objective, judge, steps, tally)
+    if ball.norm != "1":
+        return _climb(net, x, y, ball, start, objective, judge, steps, tally)
+    # Points of wider balls prove nothing, so nobody judges there: what is broken already is let go before.
+    found = _climb(net, x, y, ball, ball.project(start, x), objective, judge, 0, None)
+    left = (~found.broken).nonzero().squeeze(1)
+    if len(left) == 0:
+        return found
+    x, y, start = x[left], y[left], start[left]
+    for factor, share in _WIDER:
+        wider, part = ball.with_eps(factor * ball.radius), int(share * steps)
+        start = _climb(net, x, y, wider, wider.project(start, x), objective, never, part, tally).x_adv
+    steps -= sum(int(share * steps) for _, share in _WIDER)
+    ended = _climb(net, x, y, ball, ball.project(start, x), objective, judge, steps, tally)
+    for whole, part_of_it in zip(found, ended, strict=True):
+        whole[left] = part_of_it
+    return found
 
 
 def _climb(

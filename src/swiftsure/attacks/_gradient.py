@@ -109,6 +109,8 @@ def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Te
     Raises:
         InputError: images or labels that do not fit.
     """
+    if not isinstance(ball, Ball):
+        raise InputError(f"the ball is {ball!r}; allowed: a swiftsure.Ball, such as Ball('8/255')")
     config = getattr(net, "config", None) or {}
     check_batch(x, y, classes=config.get("classes"), shape=config.get("input_shape"))
     if "classes" not in config and len(x) and int(y.max()) >= _CLASSES.get(net, 0):
@@ -134,8 +136,12 @@ def classes_of(net: nn.Module, x: Tensor) -> int:
         InputError: what it returns are no logits.
     """
     device = next((parameter.device for parameter in net.parameters()), x.device)
-    with evaluating(net), torch.no_grad():
-        logits = as_exits(net(x[:1].to(device)))
+    try:
+        with evaluating(net), torch.no_grad():
+            logits = as_exits(net(x[:1].to(device)))
+    except RuntimeError as error:
+        kind = f"images of shape {tuple(x.shape[1:])} and dtype {str(x.dtype).removeprefix('torch.')}"
+        raise InputError(f"the network cannot take {kind}: {(str(error).splitlines() or [''])[0]}") from None
     if any(not isinstance(z, Tensor) or z.dim() != 2 for z in logits):
         shapes = [tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in logits]
         raise InputError(

@@ -29,6 +29,7 @@ from swiftsure.attacks.objectives import (
 )
 from swiftsure.attacks.suite import SUITES, Attack
 from swiftsure.ball import Ball
+from swiftsure.errors import InputError
 from swiftsure.exits.policies import Policy
 
 SUITE_NAMES = (*SUITES, "rdi")
@@ -64,10 +65,20 @@ def attacks_for(
         Entries for `run_suite`. Forms are named <method>_<form>: main (the last exit), exit1 to exit<K - 1>, average,
         max_average, mix (a random mix of the exits' losses, drawn once), deployed (the exit that answers), gates; and
         transfer_<source>.
+
+    Raises:
+        InputError: unknown suite.
     """
+    if suite not in SUITE_NAMES:
+        raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITE_NAMES)}")
     attacks = _of_the_suite(suite, exits, channels)
     if policy is not None and exits > 1 and suite != "rdi":
         attacks = _as_deployed(attacks, policy, gates=suite != "quick")
+        if suite == "full":
+            # apgd sees nothing of a gate whose gradients lie.
+            attacks["square5000_gates"] = partial(
+                force_gates, policy=policy, attack=partial(square, steps=5000)
+            )
     return attacks | {
         f"transfer_{name}": partial(transferred, source=source) for name, source in (sources or {}).items()
     }

@@ -103,7 +103,7 @@ def guard(
 ) -> Guards:
     """Ask whether what a suite left standing was really attacked.
 
-    - randomness: do the same images get the same answers twice, and in another order?
+    - randomness: do the same images get the same answers twice, in another order, and in smaller batches?
     - gradients: of the suite's gradient attacks, is even the least blind one blind? With a policy: at an exit that may
       answer, are they blind there, whatever they see elsewhere?
     - steps: does twice as many steps of apgd (of pgd, for suites without apgd) break what the suite left?

@@ -57,7 +57,11 @@ NOISES = 20
 QUERIES = 1000
 """Of square, where the suite has none."""
 GATE_QUERIES = 300
-"""Of square for each gate; it only has to see that a head is weak."""
+"""Of square for each gate, on all samples that the suite left; it only has to see that a head is weak."""
+GATE_SAMPLES, MORE_GATE_QUERIES = 10, 5000
+"""Where gradients say nothing of a weak head, many queries see more than 300; on a few samples, as they are dear."""
+ALONE = 4
+"""Samples that are passed singly as well."""
 _STEPS = {"standard": 100, "full": 200}
 _QUICK_STEPS = 40
 _DIFFERS = 1e-3
@@ -125,11 +129,14 @@ class Asked:
                         self.found.setdefault(place, image)
         return torch.cat(flags) if flags else torch.zeros(0, dtype=torch.bool)
 
-    def further(self, attack: Callable[..., Tensor], what: str) -> Check:
-        """The verdict on an attack that is tried on all samples that the suite left."""
-        new = int(self.breaks(attack, ~self.broken).sum())
-        left = f"of the {int((~self.broken).sum())} samples that the suite left"
-        return _judged(new, len(self.broken), what, left)
+    def further(self, attack: Callable[..., Tensor], what: str, most: int | None = None) -> Check:
+        """The verdict on an attack that is tried on the samples that the suite left, or on at most so many of them."""
+        every = ~self.broken
+        which = every if most is None else every & (every.cumsum(0) <= most)
+        new, asked = int(self.breaks(attack, which).sum()), int(which.sum())
+        which_ones = "samples" if asked == int(every.sum()) else "first samples"
+        n = len(self.broken) if most is None else min(most, len(self.broken))
+        return _judged(new, n, what, f"of the {asked} {which_ones} that the suite left")
 
 
 def _judged(new: int, n: int, what: str, left: str) -> Check:
@@ -140,21 +147,37 @@ def _judged(new: int, n: int, what: str, left: str) -> Check:
 
 def randomness(asked: Asked) -> Check:
     """Adaptive attacks on random networks average over their draws, which ours do not."""
-    largest = 0.0
+    largest = mixed = 0.0
     for x in asked.x.split(asked.batch):
         x = x.to(asked.device)
         first, again = asked.logits(x), asked.logits(x)
         turned = tuple(z.flip(0) for z in asked.logits(x.flip(0)))
-        for one, other in zip((*first, *first), (*again, *turned), strict=True):
-            scale = one.abs().amax().clamp_min(1e-30)
-            difference = torch.nan_to_num((one - other).abs() / scale, nan=0.0)
-            largest = max(largest, difference.amax().item())
+        largest = max(largest, _difference(first, again), _difference(first, turned))
+        # What depends on a batch's mean is blind to its order.
+        half = asked.logits(x[: (len(x) + 1) // 2])
+        mixed = max(mixed, _difference(first, half))
+        for place in range(min(ALONE, len(x))):
+            alone = asked.logits(x[place : place + 1])
+            mixed = max(mixed, _difference(tuple(z[place:] for z in first), alone))
     if largest > _DIFFERS:
         reason = (
             "two passes over the same images differ: the network draws random numbers, or reads its batch"
         )
         return Check(SUSPICIOUS, reason)
+    if mixed > _DIFFERS:
+        return Check(
+            SUSPICIOUS, "the same images in smaller batches get other answers: the network reads its batch"
+        )
     return Check(RELIABLE, "two passes over the same images agree")
+
+
+def _difference(batch: tuple[Tensor, ...], part: tuple[Tensor, ...]) -> float:
+    """How far logits of the first images of a batch are from those of the same images passed otherwise; relative."""
+    largest = 0.0
+    for one, other in zip(batch, part, strict=True):
+        difference = (one[: len(other)] - other).abs() / one.abs().amax().clamp_min(1e-30)
+        largest = max(largest, torch.nan_to_num(difference, nan=0.0).amax().item())
+    return largest
 
 
 def gradients(asked: Asked, found: SuiteResult) -> Check:
@@ -284,16 +307,13 @@ def _one_after_another(
 
 def queries(asked: Asked, found: SuiteResult) -> Check:
     """AutoAttack warns of the same: a search without gradients should have nothing left to find."""
-    if asked.gates:
-        by_gate = [
-            partial(square, objective=gate, judge=asked.judge, steps=GATE_QUERIES) for gate in asked.gates
-        ]
-        forced = asked.further(
-            partial(_one_after_another, by_gate, asked.judge),
-            f"square forcing each gate ({GATE_QUERIES} queries)",
-        )
-        if forced.verdict == SUSPICIOUS:
-            return forced
+    for count, most in ((GATE_QUERIES, len(asked.broken)), (MORE_GATE_QUERIES, GATE_SAMPLES)):
+        by_gate = [partial(square, objective=gate, judge=asked.judge, steps=count) for gate in asked.gates]
+        if by_gate:
+            attack = partial(_one_after_another, by_gate, asked.judge)
+            forced = asked.further(attack, f"square forcing each gate ({count} queries)", most)
+            if forced.verdict == SUSPICIOUS:
+                return forced
     n = len(asked.broken)
     by_queries = {name: flags[:n] for name, flags in found.broken.items() if name.startswith("square")}
     by_gradients = [flags[:n] for name, flags in found.broken.items() if name not in by_queries]

@@ -33,17 +33,12 @@ Attack = Callable[..., Tensor]
 Progress = Callable[[str, int, int], None]
 
 
-def _fgsm(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, *, report: GradientReport, **_: object) -> Tensor:
-    """One step knows neither restarts nor chance."""
-    return fgsm(net, x, y, ball, report=report)
-
-
 def _apgd_ce(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, **options: Any) -> Tensor:
     """In L1 with five restarts, as in AutoAttack: there much hangs on the start."""
     return apgd(net, x, y, ball, restarts=5 if ball.norm == "1" else 1, **options)
 
 
-_QUICK: dict[str, Attack] = {"fgsm": _fgsm, "pgd40": partial(pgd, steps=40)}
+_QUICK: dict[str, Attack] = {"fgsm": fgsm, "pgd40": partial(pgd, steps=40)}
 _STANDARD: dict[str, Attack] = {
     **_QUICK,
     "apgd_ce": _apgd_ce,
@@ -220,7 +215,9 @@ def run_suite(
     """
     if attacks is None:
         if suite not in SUITES:
-            raise InputError(f"suite is {suite!r}; allowed: {', '.join(SUITES)}")
+            raise InputError(
+                f"suite is {suite!r}; allowed: {', '.join(SUITES)}, or any name with attacks=attacks_for(...)"
+            )
         attacks = SUITES[suite]
     check_count("batch", batch, 1)
     x, y = checked_inputs(net, x, y, ball)
