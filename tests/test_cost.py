@@ -157,3 +157,20 @@ def test_attention_counts_whatever_form_it_runs_in() -> None:
     exits = exit_macs(attach(net, {"embed": "linear"}, torch.zeros(1, 1, 8, 8)))
     assert exits == [tokens * 8 * width + width * 10, by_hand + width * 10]
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_recurrent_layers_count_whatever_form_they_run_in(kind, gates: int) -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 16)
+            self.layer = kind(16, 12, batch_first=True)
+            self.last = nn.Linear(12, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(self.embed(x[:, 0]))[0][:, -1])
+
+    by_hand = 8 * 8 * 16 + 8 * gates * 12 * (16 + 12) + 12 * 10
+    assert static_macs(Rows().eval(), (1, 8, 8)) == by_hand
+    assert torch.backends.mkldnn.enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,15 @@ def test_backbones_and_examples_that_do_not_fit(trunk: nn.Module, cuts, example,
         attach(trunk, cuts, example)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_scripted_backbone_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), images(1))
+    for cuts in ({"0": "linear"}, 2):
+        with pytest.raises(InputError, match="the backbone is a ScriptModule, which"):
+            attach(scripted, cuts, images(1))
 
 
 def test_places_that_carry_a_skip_serve_where_there_are_too_few_others() -> None:

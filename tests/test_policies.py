@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -268,3 +269,19 @@ def test_costs_that_cannot_be(macs: list[float], budget: float, said: str) -> No
 def test_shares_that_overflow() -> None:
     with pytest.raises(InputError, match="shares are"):
         in_shares(logits(3, 9), [1e308, 1e308, 1.0])
+
+
+def test_thresholds_of_numpy_are_numbers() -> None:
+    expected = Policy("entropy", [0.5, 0.25])
+    assert (
+        Policy("entropy", np.array([0.5, 0.25]))
+        == Policy("entropy", [np.float32(0.5), np.float64(0.25)])
+        == expected
+    )
+    with pytest.raises(InputError, match="threshold 1 of entropy is nan"):
+        Policy("entropy", np.array([0.5, np.nan]))
+
+
+def test_logits_that_carry_a_graph() -> None:
+    z = [torch.rand(9, 4, requires_grad=True) for _ in range(2)]
+    assert equal_share(z) == equal_share([one.detach() for one in z])

@@ -143,6 +143,7 @@ def test_calibrating_replaces_thresholds_and_forgets_figures(folder: Path) -> No
     costs = exits.exit_macs(network(folder))
     budget = (costs[0] + costs[-1]) / 2
     done = calibrate_run(folder, macs=budget, device="cpu")
+    assert done.forgot
     net = network(folder)
     assert net.policy == done.policy
     assert done.macs <= budget
@@ -157,6 +158,7 @@ def test_calibrating_replaces_thresholds_and_forgets_figures(folder: Path) -> No
     assert left == {"recipe.yaml", "model.safetensors", "config.json", "log.jsonl", "results.json"}
     assert (folder / "model.safetensors").read_bytes() == weights
     by_hand = calibrate_run(folder, thresholds=[0.9, 0.8], policy="confidence", device="cpu")
+    assert not by_hand.forgot
     assert network(folder).policy == by_hand.policy == Policy("confidence", [0.9, 0.8])
     assert calibrate_run(folder, device="cpu").policy.rule == "entropy"
     assert evaluation.attack_run(folder, device="cpu").results["exits"]["clean"] is not None
@@ -173,6 +175,9 @@ def test_more_budget_costs_more(folder: Path) -> None:
 def test_thresholds_under_attack(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     budget = f"{exits.exit_macs(network(folder))[-1]}"
     assert main(["calibrate", str(folder), "--macs", budget, "--device", "cpu"]) == 0
+    assert (
+        f"is gone from {folder}; `swiftsure evaluate {folder}` measures it again" in capsys.readouterr().out
+    )
     clean = network(folder)
     assert main(["calibrate", str(folder), "--macs", budget, "--attacked", "--device", "cpu"]) == 0
     attacked = network(folder)

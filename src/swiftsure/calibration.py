@@ -28,6 +28,7 @@ class Calibrated:
         shares: share that leaves at each exit.
         macs: mean multiply-adds.
         static: multiply-adds of all exits.
+        forgot: whether the run held what other thresholds had measured, which was removed.
     """
 
     policy: Policy
@@ -36,6 +37,7 @@ class Calibrated:
     shares: list[float]
     macs: float
     static: int
+    forgot: bool = False
 
 
 def calibrate_run(
@@ -96,9 +98,9 @@ def calibrate_run(
     net.policy = fitted
     found = _measured(net, fitted, images)
     # In this order: killed in between, the run has no figures rather than figures of other thresholds.
-    _forget(folder)
+    forgot = _forget(folder)
     models.save_policy(net, folder)
-    return found
+    return replace(found, forgot=forgot)
 
 
 def _measured(net: MultiExit, policy: Policy, images: data.ImageSet) -> Calibrated:
@@ -122,14 +124,17 @@ def _measured(net: MultiExit, policy: Policy, images: data.ImageSet) -> Calibrat
     )
 
 
-def _forget(folder: Path) -> None:
-    """Take out of a run what depends on thresholds; how it was trained stays."""
-    path = folder / results.NAME
+def _forget(folder: Path) -> bool:
+    """Take out of a run what depends on thresholds; how it was trained stays. Whether there was anything."""
+    path, measured = folder / results.NAME, False
     if path.exists():
         known = results.read(folder)
+        measured = any(known[part] is not None for part in ("clean", "attacked", "verified"))
         kept = {name: known[name] for name in ("seed", "device", "versions", "weights_sha256")}
         kept["seconds"] = {"train": known["seconds"]["train"]}
         files.write_json(path, results.merge_parts(results.empty_results(), kept))
     proofs = (certificates.NAME, certificates.SLOPES_NAME)
     for name in (samples.NAME, *proofs, examples.NAME, examples.BROKEN, run.SWEEP, PAGE):
+        measured |= (folder / name).exists()
         (folder / name).unlink(missing_ok=True)
+    return measured

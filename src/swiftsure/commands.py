@@ -81,6 +81,11 @@ def calibrate(options: Namespace) -> None:
         f"{found.n:,} held-out images {_percent(found.accuracy).strip()} are right; {shares} leave at each exit, for "
         f"{found.macs:,.0f} multiply-adds on average (all exits: {found.static:,})"
     )
+    if found.forgot:
+        print(
+            f"what was measured with other thresholds is gone from {options.run}; `swiftsure evaluate {options.run}` "
+            "measures it again"
+        )
 
 
 def predict(options: Namespace) -> None:

@@ -17,12 +17,12 @@ from swiftsure.attacks.objectives import (
     Objective,
     as_exits,
     average,
+    check_exit,
     cross_entropy,
     never,
     single,
 )
 from swiftsure.ball import Ball
-from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit
 
 _ROWS = {"cpu": 0, "cuda": 1024}
@@ -63,8 +63,7 @@ def at_exit(
         InputError: an exit that is not there, or as the inner attack.
     """
     if isinstance(net, MultiExit):
-        if not -net.exits <= exit < net.exits:
-            raise InputError(f"exit is {exit!r}; allowed: 0 to {net.exits - 1}, or -1 for the last")
+        check_exit(exit, net.exits)
         return attack(UpTo(net, exit), x, y, ball, objective=objective, judge=judge, **options)
     asked = never if judge is never else single(exit, judge)
     return attack(net, x, y, ball, objective=single(exit, objective), judge=asked, **options)

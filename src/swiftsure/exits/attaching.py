@@ -56,6 +56,10 @@ def attach(
         >>> net = attach(backbone, {"layer1": "linear", "layer2": my_head}, example=x)
         >>> net = attach(backbone, exits=6, example=x)
     """
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise InputError(
+            "the backbone is a ScriptModule, which torch.fx cannot trace; allowed: the module it was made of"
+        )
     if isinstance(backbone, MultiExit) and backbone.exits > 1:
         raise InputError(f"the backbone has {backbone.exits} exits already; allowed: a network of one output")
     under = getattr(backbone, "backbone", None)

@@ -39,15 +39,22 @@ def as_state(value: Any) -> tuple[Tensor, ...]:
 def counting() -> Iterator[FlopCounterMode]:
     """Torch's counter around what runs inside the block; it counts two operations for each multiply-add.
 
-    Attention runs in its plain form there: of a fused one the counter sees nothing.
+    Attention and recurrent layers run in their plain forms there: of fused ones the counter sees nothing.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # Not by their `flags`, which set the precision of matrix products as well.
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [backend.enabled for backend in backends]
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for backend in backends:
+            backend.enabled = False
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             yield counter
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for backend, before in zip(backends, enabled, strict=True):
+            backend.enabled = before
 
 
 def counted(step: Step, *inputs: Tensor) -> tuple[Any, Count]:

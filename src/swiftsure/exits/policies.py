@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,9 +78,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         rule = known_rule(self.rule)
-        values = self.thresholds.tolist() if isinstance(self.thresholds, Tensor) else self.thresholds
+        values = self.thresholds
+        values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
         if isinstance(values, str) or not isinstance(values, Sequence):
             raise InputError(f"thresholds are {values!r}; allowed: a list, one for each exit but the last")
+        values = [value.item() if isinstance(value, np.generic) else value for value in values]
         for place, value in enumerate(values):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not (0 <= value <= min(rule.highest, sys.float_info.max)):

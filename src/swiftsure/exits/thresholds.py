@@ -279,7 +279,7 @@ def _scores(logits: Sequence[Tensor], rule: str) -> Tensor:
             )
         if not bool(z.isfinite().all()):
             raise InputError(f"logits of exit {number} are not finite; no threshold can be fitted to them")
-    scores = [known.sign * known.score(z).cpu() for z in logits[:-1]]
+    scores = [known.sign * known.score(z.detach()).cpu() for z in logits[:-1]]
     return torch.stack(scores) if scores else torch.zeros(0, samples, dtype=torch.float64)
 
 
