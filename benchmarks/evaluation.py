@@ -1,10 +1,11 @@
 """The tables of docs/evaluation.md: networks of results/ before a suite of attacks, its guards and attacks on the cost.
 
-    python benchmarks/evaluation.py [RUN ...] [--images 1000] [--suite full] [--guards 200] [--threads 1]
-        [--cpu-time] [--device cpu] [--only fab_t ...]
+    python benchmarks/evaluation.py [RUN ...] [--images 1000] [--skip 0] [--suite full] [--guards 200]
+        [--threads 1] [--cpu-time] [--device cpu] [--only fab_t ...]
 
 What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
-With --only, some attacks of the suite alone, without guards and attacks on the cost.
+With --only, some attacks of the suite alone, without guards and attacks on the cost. With --skip, the images after the
+first so many: hours of one network can be cut in pieces.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ import torch
 
 from swiftsure import run, run_attacks
 from swiftsure.attacks import SUITE_NAMES, attacks_for, run_suite
+from swiftsure.certificates import certifying
 from swiftsure.errors import InputError
+from swiftsure.modes import channels_last
 from swiftsure.run_attacks import Attacked
 from swiftsure.subject import Subject, open_subject
 
@@ -87,10 +91,11 @@ def some(subject: Subject, suite: str, names: Sequence[str], clock: Callable[[],
     policy = net.policy if subject.exits > 1 else None
     suites = attacks_for(suite, subject.exits, subject.images.shape[0], policy)
     x, y = subject.images.batch(slice(None))
-    found = run_suite(
-        net, x, y, subject.ball, suite, seed=subject.recipe.seed, judge=subject.judge, answer=net.adaptive,
-        attacks={name: attack for name, attack in suites.items() if name in names}, clock=clock,
-    )  # fmt: skip
+    with certifying(net), channels_last(net, x[:2]):
+        found = run_suite(
+            net, x, y, subject.ball, suite, seed=subject.recipe.seed, judge=subject.judge, answer=net.adaptive,
+            attacks={name: attack for name, attack in suites.items() if name in names}, clock=clock,
+        )  # fmt: skip
     clean = float((~found.misclassified).double().mean())
     lines = [f"| {subject.n:,} images | accuracy | seconds | multiply-adds |", "|---" * 4 + "|"]
     lines.append(f"| none | {_percent(clean)} | | |")
@@ -110,6 +115,7 @@ def main() -> int:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="run directories (default: all of results/)")
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of these images")
     parser.add_argument("--suite", default="full", choices=SUITE_NAMES)
     parser.add_argument("--guards", type=int, default=200)
     parser.add_argument(
@@ -122,11 +128,14 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", default=[], help="names of attacks of the suite")
     options = parser.parse_args()
+    if not 0 <= options.skip < options.images:
+        parser.error(f"--skip is {options.skip}; allowed: 0 to {options.images - 1}, below --images")
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.cpu_time else time.perf_counter
     for folder in options.runs or sorted(RESULTS.iterdir()):
         try:
             subject = open_subject(folder, limit=options.images, device=options.device)
+            subject = replace(subject, images=subject.images.select(slice(options.skip, None)))
             began = clock()
             if options.only:
                 print(
@@ -142,8 +151,8 @@ def main() -> int:
         on_cpu = subject.device.type == "cpu"
         where = f"{options.threads} thread(s)" if on_cpu else run.device_name(subject.device)
         print(
-            f"### {folder.name}\n\nThe first {subject.n:,} test images, L{subject.ball.norm} eps "
-            f"{subject.ball.radius:g}, suite {options.suite}, {where}, "
+            f"### {folder.name}\n\nTest images {options.skip:,} to {options.skip + subject.n:,}, "
+            f"L{subject.ball.norm} eps {subject.ball.radius:g}, suite {options.suite}, {where}, "
             f"{seconds:.0f} s{' of its own' if options.cpu_time else ''}.\n"
         )
         for part in (table(subject, attacked), guards(attacked), usage(subject, attacked)):

@@ -1,11 +1,12 @@
-"""The mode of a network: evaluation for a while, and then exactly what it was."""
+"""The mode of a network, and how its weights lie: others for a while, and then exactly what they were."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -24,3 +25,42 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in found:
             module.training = training
+
+
+@contextmanager
+def channels_last(net: nn.Module, x: Tensor) -> Iterator[None]:
+    """The weights of net's convolutions in the layout in which a CPU is quick (1.2 to 1.5 times on small networks).
+
+    The arithmetic is the same but for the order of sums. Nothing is done on other devices, and for a network that
+    cannot take the layout, such as one that flattens by `view`. On leaving, weights lie as they did.
+
+    Args:
+        net: in the mode in which it will be used.
+        x: images that it takes, (B, C, H, W).
+    """
+    found = [
+        parameter
+        for parameter in net.parameters()
+        if parameter.dim() == 4
+        and parameter.device.type == "cpu"
+        and not parameter.is_contiguous(memory_format=torch.channels_last)
+    ]
+    strides = [parameter.stride() for parameter in found]
+    try:
+        for parameter in found:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.no_grad():
+                net(x)
+        except RuntimeError:
+            _lay(found, strides)
+        yield
+    finally:
+        _lay(found, strides)
+
+
+def _lay(parameters: Sequence[nn.Parameter], strides: Sequence[tuple[int, ...]]) -> None:
+    """Each parameter's values at those strides."""
+    for parameter, stride in zip(parameters, strides, strict=True):
+        values = torch.empty_strided(parameter.shape, stride, dtype=parameter.dtype, device=parameter.device)
+        parameter.data = values.copy_(parameter.data)

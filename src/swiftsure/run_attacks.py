@@ -21,6 +21,7 @@ from swiftsure.certificates import certifying
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError
 from swiftsure.exits import Answer, MultiExit, Policy
+from swiftsure.modes import channels_last
 from swiftsure.samples import Table
 from swiftsure.subject import Subject
 
@@ -72,7 +73,7 @@ def attack(
     x, y = subject.images.batch(slice(None))
     seed, judge, net = subject.recipe.seed, subject.judge, subject.net
     deployed: Any = net
-    with certifying(net):
+    with certifying(net), channels_last(net, x[:2]):
         with _steps("attack", subject.n * len(attacks)) as step:
             found = run_suite(
                 net, x, y, subject.ball, suite,
