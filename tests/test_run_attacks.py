@@ -161,7 +161,7 @@ def test_guards_break_a_network_that_draws_random_numbers(exits: Path) -> None:
             self.stage = stage
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.stage(x + torch.randn(x.shape, generator=draws) / 4)
+            return self.stage(x + torch.randn(x.shape, generator=draws) / 8)
 
     net.stages[0] = Noisy(net.stages[0])
     attacked = run_attacks.attack(subject, "quick", guards=N)

@@ -50,7 +50,8 @@ def channels_last(net: nn.Module, x: Tensor) -> Iterator[None]:
         for parameter in found:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         try:
-            with torch.no_grad():
+            # Of a network that draws random numbers, nobody else's are taken.
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 net(x)
         except RuntimeError:
             _lay(found, strides)
