@@ -117,6 +117,33 @@ def test_what_autoattack_here_cannot_do(options: dict, message: str) -> None:
         AutoAttack(network(0), **options)
 
 
+def test_what_is_set_later_counts() -> None:
+    net, (x, y) = network(0).eval(), problem(12)
+    adversary = AutoAttack(net, eps=0.05, seed=0, version="custom", attacks_to_run=["apgd-ce"], verbose=False)
+    adversary.epsilon = 0.2
+    moved = BALL.distance(adversary.run_standard_evaluation(x, y), x).max()
+    assert 0.19 < moved < 0.2001
+    exits = masked()
+    adversary = AutoAttack(exits, eps=0.05, seed=0, verbose=False)
+    before = adversary.clean_accuracy(x, y)
+    exits.policy = ss.exits.Policy("entropy", [10.0])
+    assert adversary.judge == exits.policy.misclassified
+    assert adversary.clean_accuracy(x, y) != before
+
+
+def test_functions_and_networks_that_draw_random_numbers() -> None:
+    net, (x, y) = network(0).eval(), problem(12)
+    options = {"eps": 0.05, "seed": 0, "version": "custom", "attacks_to_run": ["apgd-ce"], "verbose": False}
+    plain = AutoAttack(net, **options).run_standard_evaluation(x, y)
+    assert torch.equal(AutoAttack(lambda x: net(x), **options).run_standard_evaluation(x, y), plain)
+    with pytest.warns(UserWarning, match="two passes over the same images differ"):
+        AutoAttack(lambda x: net(x + torch.rand_like(x) / 4), **options).run_standard_evaluation(x, y)
+    exits = masked()
+    exits.policy = None
+    with pytest.raises(InputError, match="2 exits and no thresholds"):
+        AutoAttack(exits)
+
+
 def test_an_attack_that_is_not_here() -> None:
     adversary = AutoAttack(network(0), version="custom", attacks_to_run=["fab"], verbose=False)
     with pytest.raises(InputError, match=r"'fab'; allowed: apgd-ce, apgd-dlr, apgd-t, fab-t, square"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attacked import generator, images
-from defences import BALL, masked
+from defences import BALL, Rounded, masked
 from swiftsure.attacks import (
     SLOWDOWNS,
     apgd,
@@ -204,6 +204,25 @@ def test_slowdown_is_judged_by_what_it_forces(rule):
     # Nothing was dearer: the image itself.
     same = clean.macs == dearest.macs
     assert torch.equal(found.images[same], x[same])
+
+
+def test_an_exit_without_gradients_is_slowed_down_by_queries_and_said():
+    net, (x, y) = network(0).eval(), held_out(100).batch(slice(None))
+    entropies = policies.entropy(net(x).detach())
+    policy = Policy("entropy", [entropies.quantile(0.9).item()])
+    plain, hidden = (
+        MultiExit([nn.Identity(), nn.Identity()], [first, net], policy).eval()
+        for first in (net, Rounded(net))
+    )
+    seen = run_slowdown(plain, x, y, BALL)
+    assert seen.guard.verdict == "reliable"
+    assert seen.dearest.exit.double().mean() > 0.8
+    found = run_slowdown(hidden, x, y, BALL)
+    by_gradients = [found.slowed[name].exit.double().mean() for name in SLOWDOWNS[:3]]
+    assert max(by_gradients) < 0.3
+    assert found.dearest.exit.double().mean() > 0.8
+    assert found.guard.verdict == "suspicious"
+    assert found.guard.reason.startswith("square1000 makes ")
 
 
 def test_bad_input():

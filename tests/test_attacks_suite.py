@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from swiftsure.attacks import SUITES, misclassified, run_suite, single, square, suite
+from swiftsure.attacks import (
+    SUITES,
+    attacks_for,
+    interval_attack,
+    misclassified,
+    pgd,
+    run_suite,
+    single,
+    square,
+)
 from swiftsure.attacks._eight_bits import eight_bits
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
@@ -87,7 +96,7 @@ def test_images_of_eight_bits(task, monkeypatch):
     assert found.accuracy_8bit["union"] >= found.accuracy["union"]
     assert torch.equal(wrong(net, found.worst, y), found.union)
     assert found.macs == {}
-    monkeypatch.setitem(suite.SUITES, "quick", {"between": between, "idle": lambda net, x, y, ball, **_: x})
+    monkeypatch.setitem(SUITES, "quick", {"between": between, "idle": lambda net, x, y, ball, **_: x})
     again = run_suite(net, x, y, ball)
     grid, inside = eight_bits(between(net, x, y, ball), x, ball)
     assert inside.all()
@@ -141,13 +150,58 @@ def test_the_deployed_answers_decide_and_are_counted(task):
     plain = run_suite(exits, x, y, Ball(0.08), judge=policy.misclassified, batch=9)
     assert torch.equal(found.union, plain.union)
     assert torch.equal(exits.adaptive(found.worst).label != y, found.union)
-    assert list(found.macs) == ["fgsm", "pgd40"]
+    assert list(found.macs) == list(attacks_for("quick", 2, 1, policy))
     costs = exits.macs((1, 4, 4))
     assert all(costs[0] < value < costs[1] for value in found.macs.values())
+    # A network that has thresholds is attacked as it is deployed, unless it is said otherwise.
+    usual = run_suite(exits, x, y, Ball(0.08), batch=9)
+    assert torch.equal(usual.union, found.union)
+    assert usual.macs == found.macs
     idle = run_suite(
         exits, x, y, Ball(0.08), answer=exits.adaptive, attacks={"idle": lambda n, x, *_, **__: x}
     )
     assert idle.macs["idle"] == exits.adaptive(x).macs.double().mean().item()
+
+
+def test_the_last_exit_is_attacked_where_the_deployed_answer_is_wrong(task):
+    """Else it would count as robust there without ever having been asked."""
+    net, x, y = task
+
+    class Constant(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([9.0, 0.0, 0.0]).expand(len(x), 3)
+
+    exits = MultiExit([nn.Identity(), nn.Identity()], [Constant(), net], Policy("entropy", [1.0]))
+    attacks = {"pgd40": partial(pgd, steps=40)}
+    found = run_suite(exits, x, y, Ball(0.08), attacks=attacks)
+    assert torch.equal(found.misclassified, y != 0)
+    alone = run_suite(net, x, y, Ball(0.08), attacks=attacks)
+    assert found.broken_last["pgd40"][y != 0].sum() > found.misclassified_last[y != 0].sum() + 2
+    assert abs(found.accuracy_last["pgd40"] - alone.accuracy["pgd40"]) < 0.1
+
+
+def test_a_network_that_writes_into_its_images_is_refused_and_they_are_as_they_were(task):
+    net, x, y = task
+
+    class Greedy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x.sub_(0.5))
+
+    before = x.clone()
+    for attacks in ({"pgd": partial(pgd, steps=2)}, {"square": partial(square, steps=2)}):
+        with pytest.raises(InputError, match="writes into the images"):
+            run_suite(Greedy(), x, y, Ball(0.1), attacks=attacks)
+    assert torch.equal(x, before)
+
+
+def test_images_that_rounding_took_out_of_the_range(task):
+    net, x, y = task
+    x[0, 0, 0, 0] = 1 + 8e-7
+    assert run_suite(net, x, y, Ball(0.1)).n == 23
 
 
 def test_names_are_stable():
@@ -163,7 +217,7 @@ def test_names_are_stable():
 
 def test_an_attack_that_leaves_the_ball_is_a_defect(task, monkeypatch):
     net, x, y = task
-    monkeypatch.setitem(suite.SUITES, "quick", {"cheat": lambda net, x, y, ball, **_: x + 0.2})
+    monkeypatch.setitem(SUITES, "quick", {"cheat": lambda net, x, y, ball, **_: x + 0.2})
     with pytest.raises(AssertionError, match="left the ball"):
         run_suite(net, x, y, Ball(0.1), "quick")
 
@@ -171,7 +225,7 @@ def test_an_attack_that_leaves_the_ball_is_a_defect(task, monkeypatch):
 def test_a_success_is_what_a_fresh_pass_says(task, monkeypatch):
     """An attack that returns x has broken nothing, whatever it may think of itself."""
     net, x, y = task
-    monkeypatch.setitem(suite.SUITES, "quick", {"idle": lambda net, x, y, ball, **_: x})
+    monkeypatch.setitem(SUITES, "quick", {"idle": lambda net, x, y, ball, **_: x})
     result = run_suite(net, x, y, Ball(0.1), "quick")
     assert torch.equal(result.broken["idle"], result.misclassified)
     assert torch.equal(result.worst, x)
@@ -196,9 +250,7 @@ def test_several_exits_are_judged_by_the_last_unless_told(task):
 
 def test_an_attack_that_cannot_read_the_network_is_skipped_and_says_why(task, monkeypatch):
     net, x, y = task
-    monkeypatch.setitem(
-        SUITES, "quick", {"interval": suite.interval_attack, "pgd40": SUITES["quick"]["pgd40"]}
-    )
+    monkeypatch.setitem(SUITES, "quick", {"interval": interval_attack, "pgd40": SUITES["quick"]["pgd40"]})
 
     class Sorted(nn.Module):
         def __init__(self) -> None:
@@ -237,3 +289,11 @@ def test_bad_input(task):
         run_suite(net, x, y, Ball(0.1), batch=0)
     with pytest.raises(InputError, match="no sample"):
         run_suite(net, x[:0], y[:0], Ball(0.1))
+    with pytest.raises(InputError, match="dtype float16; allowed for attacks: float32 and float64"):
+        run_suite(net, x.half(), y, Ball(0.1))
+    net.config = object()
+    assert run_suite(net, x, y, Ball(0.1), attacks={}).n == 23
+    exits = MultiExit([nn.Identity(), nn.Identity()], [net, net])
+    with pytest.raises(InputError, match="2 exits and no thresholds"):
+        run_suite(exits, x, y, Ball(0.1))
+    assert run_suite(exits, x, y, Ball(0.1), judge=misclassified).macs == {}

@@ -60,6 +60,7 @@ def test_every_attack_has_its_figures(exits: Path) -> None:
         assert value <= attacked["accuracy_8bit"][name]
     assert list(forced) == [*names, *SLOWDOWNS] == list(found["seconds"]["by_attack"])
     assert found["seconds"]["attack"] == pytest.approx(sum(found["seconds"]["by_attack"].values()))
+    assert found["macs"]["slowdown_guard"]["verdict"] in ("reliable", "suspicious")
     assert max(forced[name] for name in SLOWDOWNS) <= found["macs"]["slowdown"] <= found["macs"]["static"]
     assert found["macs"]["clean"] < found["macs"]["slowdown"]
     for name, shares in found["exits"]["by_attack"].items():
@@ -190,11 +191,12 @@ def test_a_run_measured_before_there_were_guards(
 def test_a_cost_beyond_the_proven_one_is_named(exits: Path) -> None:
     table = samples.read(exits)
     samples.refuse_broken_certificates(exits, table)
-    for name in ("slow_macs", "macs"):
+    for name in ("slow_macs", "forced_macs", "macs"):
         forged = {**table, "max_macs": table["max_macs"].copy()}
         forged["max_macs"][3] = table[name][3] - 1
         with pytest.raises(
-            SoundnessError, match=r"sample 3 is proven to cost at most .* yet costs .* \((slow_)?macs\)"
+            SoundnessError,
+            match=r"sample 3 is proven to cost at most .* yet costs .* \((slow_|forced_)?macs\)",
         ):
             samples.refuse_broken_certificates(exits, forged)
     unknown = {**table, "max_macs": np.full(N, np.nan)}

@@ -277,6 +277,8 @@ def _usage(found: dict[str, Any]) -> list[str]:
             shares = ", ".join(_percent(share).strip() for share in found["exits"][name])
             cost = f"{found['macs'][name]:,.0f} multiply-adds on average"
             lines.append(f"exits     {what} images leave at {shares}: {cost}")
+    if guard := found["macs"].get("slowdown_guard"):
+        lines.append(f"          {guard['verdict']}: {guard['reason']}")
     if found["exits"].get("certified"):
         shares = ", ".join(_percent(share).strip() for share in found["exits"]["certified"])
         most = f"{found['macs']['certified_max']:,.0f} multiply-adds at most, on average"

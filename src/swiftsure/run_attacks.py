@@ -55,7 +55,8 @@ def attack(
 ) -> Attacked:
     """Run a suite, its guards and, with several exits, the attacks on the cost.
 
-    All is computed in the arithmetic of the certificates: an attack on another one would break what was never promised.
+    All is computed in the precision of the certificates, which hold for sums in any order: an attack in another one
+    would break what was never promised.
 
     Args:
         subject: what is attacked, as it is deployed.
@@ -128,6 +129,8 @@ def columns(attacked: Attacked) -> Table:
     table: Table = {name: broken.numpy().astype(np.int64) for name, broken in flags.items()}
     if attacked.slowed is not None:
         dearest = attacked.slowed.dearest
+        costs = list(found.costs.values())
+        table["forced_macs"] = torch.stack(costs).amax(0).numpy()
         table |= {"slow_exit": dearest.exit.numpy(), "slow_macs": dearest.macs.numpy()}
     return table
 
@@ -154,6 +157,7 @@ def parts(subject: Subject, attacked: Attacked) -> dict[str, Any]:
         exits = found.exits | {name: answer.exit for name, answer in slowed.slowed.items()}
         known["macs"] = {
             "by_attack": {name: cost.double().mean().item() for name, cost in costs.items()},
+            "slowdown_guard": {"verdict": slowed.guard.verdict, "reason": slowed.guard.reason},
             "p95_by_attack": {name: usage.p95(cost) for name, cost in costs.items()},
         }
         known["exits"] = {

@@ -36,7 +36,7 @@ _CLEAN = ("index", "label", "prediction", "correct", "exit", "macs")
 _PROVEN = ("certified", "margin", "max_exit", "max_macs")
 
 
-_SLOW = ("slow_exit", "slow_macs")
+_SLOW = ("forced_macs", "slow_exit", "slow_macs")
 
 
 def is_attacked(column: str) -> bool:
@@ -143,7 +143,7 @@ def refuse_broken_certificates(folder: Path, table: Mapping[str, Column]) -> Non
 
 def _refuse_broken_costs(folder: Path, table: Mapping[str, Column]) -> None:
     most = table.get("max_macs")
-    for name in ("macs", "slow_macs"):
+    for name in ("macs", "forced_macs", "slow_macs"):
         if most is None or name not in table:
             continue
         # NaN, where nothing is proven of the cost, compares false.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from swiftsure.attacks import (
     run_suite,
     square,
 )
+from swiftsure.attacks._suites import Attack
 from swiftsure.attacks.objectives import Judge, as_exits
-from swiftsure.attacks.suite import Attack
 from swiftsure.ball import Ball
 from swiftsure.certificates import certifying
 from swiftsure.errors import InputError, UnsupportedError
@@ -42,8 +42,8 @@ class AutoAttack:
     the suite for several exits ("standard", or "full" for "plus"), which AutoAttack does not have.
 
     Args:
-        model: images (B, C, H, W) in [0, 1] -> logits (B, classes), or a `MultiExit`; on its device, and computed in
-            full float32, in evaluation mode.
+        model: images (B, C, H, W) in [0, 1] -> logits (B, classes), a module or any function, or a `MultiExit` with
+            thresholds; on its device, and computed in full float32, in evaluation mode.
         norm: "Linf", "L2" or "L1".
         eps: the radius in pixel units, a number or "8/255".
         seed: of all random starts; None draws one.
@@ -51,11 +51,16 @@ class AutoAttack:
         attacks_to_run: for version "custom": names of `attacks_to_run` of the other versions.
         version: "standard", "plus" or "custom".
         is_tf_model: False; networks are torch modules.
-        device: where the model is; None: wherever that is.
+        device: where the model is; None: wherever its weights are, of a function the CPU.
         log_path: a file that what is printed is appended to.
 
     Raises:
-        InputError: a norm, version or attack that is not here, or a device that the model is not on.
+        InputError: a norm, version or attack that is not here, a device that the model is not on, or several exits
+            without thresholds.
+
+    Warns:
+        UserWarning: two passes over the same images differ (such a network is not attacked as it should be), or an
+            attack cannot read the network.
 
     Example:
         >>> adversary = AutoAttack(model, norm="Linf", eps=8 / 255)
@@ -64,7 +69,7 @@ class AutoAttack:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[Tensor], Tensor],
         norm: str = "Linf",
         eps: float | str = 0.3,
         seed: int | None = None,
@@ -82,18 +87,34 @@ class AutoAttack:
         if version not in _VERSIONS:
             why = " (an attack on a random network averages over its draws)" if version == "rand" else ""
             raise InputError(f"version is {version!r}{why}; allowed: {', '.join(_VERSIONS)}")
-        place = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        if device is not None and torch.device(device).type != place.type:
+        if not isinstance(model, nn.Module):
+            model = _Function(model)
+        wanted = torch.device("cpu" if device is None else device)
+        place = next((parameter.device for parameter in model.parameters()), wanted)
+        if device is not None and wanted.type != place.type:
             raise InputError(f"device is {str(device)!r}, the model is on {place}; they must be alike")
-        self.model, self.ball = model, Ball(eps, _NORMS[norm])
-        self.norm, self.epsilon, self.version, self.device = norm, self.ball.radius, version, place
+        if isinstance(model, MultiExit) and model.exits > 1 and model.policy is None:
+            raise InputError(f"the model has {model.exits} exits and no thresholds; set model.policy")
+        self.model, self.norm, self.epsilon = model, norm, eps
+        self.version, self.device = version, place
+        _ = self.ball  # Refuses a radius that is none.
         self.seed = int(torch.randint(2**31, ())) if seed is None else seed
         self.verbose, self.log_path = verbose, None if log_path is None else Path(log_path)
-        self.judge: Judge = misclassified
-        if isinstance(model, MultiExit) and model.policy is not None and model.exits > 1:
-            self.judge = model.policy.misclassified
         self.attacks_to_run = list(attacks_to_run) if version == "custom" else list(self._known())
         """Names, in the order in which they are run; set it to run others."""
+
+    @property
+    def ball(self) -> Ball:
+        """The threat model: of `norm` and `epsilon` as they are now."""
+        return Ball(self.epsilon, _NORMS[self.norm])
+
+    @property
+    def judge(self) -> Judge:
+        """What counts as broken: a wrong answer of the network as it is deployed now."""
+        model = self.model
+        if isinstance(model, MultiExit) and model.policy is not None and model.exits > 1:
+            return model.policy.misclassified
+        return misclassified
 
     @in_full_precision
     def run_standard_evaluation(
@@ -114,9 +135,10 @@ class AutoAttack:
         Raises:
             InputError: an unknown attack, or images and labels that do not fit.
         """
-        attacks = self._chosen()
+        attacks, ball, judge = self._chosen(), self.ball, self.judge
         with certifying(self.model):
-            before = run_suite(self.model, x_orig, y_orig, self.ball, attacks={}, batch=bs, judge=self.judge)
+            before = run_suite(self.model, x_orig, y_orig, ball, attacks={}, batch=bs, judge=judge)
+            self._warn_of_randomness(x_orig[:bs])
             x_adv, broken, began = x_orig.detach().clone(), before.misclassified, time.perf_counter()
             self._log(f"using {self.version} version including {', '.join(attacks)}.")
             self._log(f"initial accuracy: {(~broken).double().mean():.2%}")
@@ -127,8 +149,8 @@ class AutoAttack:
                 x, y = x_orig[left.to(x_orig.device)], y_orig[left.to(y_orig.device)]
                 try:
                     found = run_suite(
-                        self.model, x, y, self.ball,
-                        attacks={name: attack}, batch=bs, seed=self.seed, judge=self.judge,
+                        self.model, x, y, ball,
+                        attacks={name: attack}, batch=bs, seed=self.seed, judge=judge,
                     )  # fmt: skip
                 except UnsupportedError as error:
                     # Heard whether or not lines are printed: the result is weaker than it looks.
@@ -141,7 +163,7 @@ class AutoAttack:
                     f"robust accuracy after {name.upper()}: {(~broken).double().mean():.2%} "
                     f"(total time {time.perf_counter() - began:.1f} s)"
                 )
-        far = self.ball.distance(x_adv, x_orig).max()
+        far = ball.distance(x_adv, x_orig).max()
         self._log(f"max {self.norm} perturbation: {far:.5f}, max: {x_adv.max():.5f}, min: {x_adv.min():.5f}")
         self._log(f"robust accuracy: {(~broken).double().mean():.2%}")
         return (x_adv, self._labels(x_adv, bs).to(y_orig)) if return_labels else x_adv
@@ -179,6 +201,17 @@ class AutoAttack:
         self._log(f"clean accuracy: {right:.2%}")
         return right
 
+    def _warn_of_randomness(self, x: Tensor) -> None:
+        first, again = (as_exits(self.model(x.to(self.device, copy=True))) for _ in range(2))
+        if not all(
+            torch.allclose(*pair, 1e-3, 1e-5, equal_nan=True) for pair in zip(first, again, strict=True)
+        ):
+            warnings.warn(
+                "two passes over the same images differ: of a network that draws random numbers this evaluation says "
+                "too much",
+                stacklevel=4,
+            )
+
     def _labels(self, x: Tensor, bs: int) -> Tensor:
         found = []
         with evaluating(self.model), torch.no_grad():
@@ -192,8 +225,7 @@ class AutoAttack:
     def _known(self) -> Mapping[str, Attack]:
         """All attacks of the version, by AutoAttack's names where it has them."""
         plus = self.version == "plus"
-        if self.judge is not misclassified:
-            assert isinstance(self.model, MultiExit)
+        if isinstance(self.model, MultiExit) and self.model.exits > 1:
             shape = (getattr(self.model, "config", None) or {}).get("input_shape", (1,))
             suite = "full" if plus else "standard"
             return attacks_for(suite, self.model.exits, shape[0], self.model.policy)
@@ -224,3 +256,14 @@ class AutoAttack:
             if self.log_path is not None:
                 with self.log_path.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
+
+
+class _Function(nn.Module):
+    """A plain function of images as a module: AutoAttack takes those too."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)

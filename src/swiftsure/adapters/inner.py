@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from swiftsure.attacks._gradient import assert_inside, attacking, checked_inputs
+from swiftsure.attacks._suites import Attack
 from swiftsure.attacks.objectives import Logits, as_exits
-from swiftsure.attacks.suite import Attack
 from swiftsure.ball import Ball
 
 # From the logits of all exits to those that the foreign attack is to see.

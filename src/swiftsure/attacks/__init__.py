@@ -9,6 +9,7 @@ from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._replay import Replayed, replayed
 from swiftsure.attacks._square import square
+from swiftsure.attacks._suites import SUITES
 from swiftsure.attacks._wrm import wrm, wrm_unprojected
 from swiftsure.attacks.forms import SUITE_NAMES, attacks_for
 from swiftsure.attacks.gates import deployed, force_gates, gate_forcing
@@ -30,7 +31,7 @@ from swiftsure.attacks.objectives import (
 )
 from swiftsure.attacks.slowdown import above_thresholds, deepsloth, delayed, one_by_one
 from swiftsure.attacks.slowdown_suite import SLOWDOWNS, SlowdownResult, run_slowdown, slowdown_attacks
-from swiftsure.attacks.suite import SUITES, SuiteResult, run_suite
+from swiftsure.attacks.suite import SuiteResult, run_suite
 
 __all__ = [
     "SLOWDOWNS",

@@ -16,18 +16,19 @@ from swiftsure.attacks._fgsm import fgsm
 from swiftsure.attacks._gradient import GradientReport
 from swiftsure.attacks._pgd import pgd
 from swiftsure.attacks._square import square
+from swiftsure.attacks._suites import SUITES, Attack
 from swiftsure.attacks._wrm import wrm
 from swiftsure.attacks.gates import deployed, force_gates
 from swiftsure.attacks.objectives import (
     Objective,
     average,
+    cross_entropy,
     margin,
     never,
     random_mix,
     targeted_dlr,
     targeted_margin,
 )
-from swiftsure.attacks.suite import SUITES, Attack
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
 from swiftsure.exits.policies import Policy
@@ -50,7 +51,7 @@ def attacks_for(
     With several exits an attack on the last one says little of what leaves earlier. So "quick" has the average and the
     max-average form of PGD as well, "standard" and "full" all forms and an average by apgd. With a policy those three
     attack what is deployed too: the exit that answers, and, in "standard" and "full", each gate in turn; apgd-t,
-    fab-t and square, which would read the last exit, then read the exit that answers.
+    fab-t and square, which would read the last exit, then read the exit that answers, and so do the restarts of "full".
 
     Args:
         suite: one of `SUITE_NAMES`.
@@ -75,10 +76,7 @@ def attacks_for(
     if policy is not None and exits > 1 and suite != "rdi":
         attacks = _as_deployed(attacks, policy, gates=suite != "quick")
         if suite == "full":
-            # apgd sees nothing of a gate whose gradients lie.
-            attacks["square5000_gates"] = partial(
-                force_gates, policy=policy, attack=partial(square, steps=5000)
-            )
+            attacks = _with_restarts_as_deployed(attacks, policy)
     return attacks | {
         f"transfer_{name}": partial(transferred, source=source) for name, source in (sources or {}).items()
     }
@@ -147,6 +145,26 @@ def _as_deployed(attacks: Mapping[str, Attack], policy: Policy, gates: bool) -> 
         "apgd_gates": partial(force_gates, policy=policy),
         "square5000_deployed": partial(square, steps=5000, objective=deployed(policy, margin)),
     }
+
+
+def _with_restarts_as_deployed(attacks: Mapping[str, Attack], policy: Policy) -> dict[str, Attack]:
+    """What "full" adds to "standard": its restarts against the exit that answers, and against each gate."""
+    found: dict[str, Attack] = {}
+    for name, attack in attacks.items():
+        if (
+            name in SUITES["standard"]
+            or not isinstance(SUITES["full"].get(name), partial)
+            or "interval" in name
+        ):
+            found[name] = attack
+            continue
+        usual = targeted_margin if name.startswith("fab") else cross_entropy
+        objective = getattr(attack, "keywords", {}).get("objective", usual)
+        found[f"{name}_deployed"] = partial(attack, objective=deployed(policy, objective))
+    found["apgd_gatesx5"] = partial(force_gates, policy=policy, attack=partial(apgd, restarts=5))
+    # apgd sees nothing of a gate whose gradients lie.
+    found["square5000_gates"] = partial(force_gates, policy=policy, attack=partial(square, steps=5000))
+    return found
 
 
 def _forms(name: str, method: Callable[..., Tensor], exits: int, every: bool = False) -> dict[str, Attack]:

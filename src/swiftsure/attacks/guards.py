@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from swiftsure.attacks import questions
-from swiftsure.attacks._gradient import checked_inputs
+from swiftsure.attacks._gradient import at_once, checked_inputs
 from swiftsure.attacks.gates import deployed
 from swiftsure.attacks.objectives import (
     Judge,
@@ -96,7 +96,7 @@ def guard(
     policy: Policy | None = None,
     sources: Mapping[str, nn.Module] | None = None,
     samples: int = SAMPLES,
-    batch: int = 500,
+    batch: int | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -124,7 +124,7 @@ def guard(
         policy: of a network with several exits; success is then a wrong answer of the exit that answers.
         sources: other networks for the same images, by name.
         samples: how many are asked about, at most: the first ones.
-        batch: how many samples are attacked at a time.
+        batch: how many samples are attacked at a time; None: 500, on a CPU 100.
         seed: of all random numbers.
         progress: called with the name of each check before it begins.
         clock: what seconds are read from.
@@ -142,7 +142,7 @@ def guard(
         (lambda of: of) if policy is None else (lambda of: deployed(policy, of))
     )
     device = next((parameter.device for parameter in net.parameters()), x.device)
-    asked = Asked(net, x, y, ball, found.union[:n], judge, over, policy, device, batch, seed)
+    asked = Asked(net, x, y, ball, found.union[:n], judge, over, policy, device, at_once(batch, device), seed)
     checklist: dict[str, Callable[[], Check]] = {
         "randomness": lambda: questions.randomness(asked),
         "gradients": lambda: questions.gradients(asked, found),

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from swiftsure.attacks._apgd import apgd
-from swiftsure.attacks._gradient import assert_inside, checked_inputs
+from swiftsure.attacks._gradient import assert_inside, at_once, checked_inputs
+from swiftsure.attacks._square import square
+from swiftsure.attacks._suites import Attack
+from swiftsure.attacks.questions import NEW, RELIABLE, SUSPICIOUS, Check
 from swiftsure.attacks.slowdown import above_thresholds, deepsloth, delayed, one_by_one
-from swiftsure.attacks.suite import Attack, Progress
+from swiftsure.attacks.suite import Progress
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError
 from swiftsure.exits.multi_exit import Answer, MultiExit
 from swiftsure.exits.policies import Policy
 from swiftsure.precision import in_full_precision
 
-SLOWDOWNS = ("deepsloth", "above_thresholds", "one_by_one")
+SLOWDOWNS = ("deepsloth", "above_thresholds", "one_by_one", "one_by_onex5", "square1000")
 """Their names, which are part of results.json."""
+_QUERIES = SLOWDOWNS[-1]
 
 
 @dataclass
@@ -44,6 +48,15 @@ class SlowdownResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def guard(self) -> Check:
+        """Suspicious where queries force more than all gradients do: on more than 1% of the samples."""
+        by_gradients = torch.stack([answer.macs for name, answer in self.slowed.items() if name != _QUERIES])
+        left = torch.maximum(by_gradients.amax(0), self.clean.macs)
+        new = int((self.slowed[_QUERIES].macs > left).sum())
+        reason = f"{_QUERIES} makes {new or 'none'} of {len(left)} samples dearer than gradients did"
+        return Check(SUSPICIOUS if new > max(1, NEW * len(left)) else RELIABLE, reason)
+
+    @property
     def dearest(self) -> Answer:
         """Of each sample the dearest answer: the clean one, or one that an attack forced."""
         best = self.clean
@@ -53,17 +66,25 @@ class SlowdownResult:
 
 
 def slowdown_attacks(policy: Policy, steps: int = 100) -> dict[str, Attack]:
-    """APGD on each slowdown objective, by the names of `SLOWDOWNS`; each rests once all side exits are silent."""
+    """The attacks of `SLOWDOWNS`; each rests on a sample once all its side exits are silent.
+
+    APGD on each slowdown objective from the image itself, on the last one from five random starts as well, and 1,000
+    queries of square on it, which need no gradient.
+    """
     judge = delayed(policy)
     objectives = {
         "deepsloth": deepsloth,
         "above_thresholds": above_thresholds(policy),
         "one_by_one": one_by_one(policy),
     }
-    return {
+    attacks: dict[str, Attack] = {
         name: partial(apgd, objective=objective, judge=judge, steps=steps, random_start=False)
         for name, objective in objectives.items()
     }
+    climbs = objectives["one_by_one"]
+    attacks["one_by_onex5"] = partial(apgd, objective=climbs, judge=judge, steps=steps, restarts=5)
+    attacks["square1000"] = partial(square, objective=climbs, judge=judge, steps=10 * steps)
+    return attacks
 
 
 @in_full_precision
@@ -75,7 +96,7 @@ def run_slowdown(
     policy: Policy | None = None,
     *,
     steps: int = 100,
-    batch: int = 500,
+    batch: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -91,9 +112,9 @@ def run_slowdown(
         y: labels, (n,), integers.
         ball: the threat model.
         policy: when inputs leave; None: ``net.policy``.
-        steps: of each attack.
-        batch: how many samples are attacked at a time.
-        seed: of random starts, if any attack has one.
+        steps: of each gradient attack; square has ten times as many queries.
+        batch: how many samples are attacked at a time; None: 500, on a CPU 100.
+        seed: of random starts.
         progress: called after each batch with (attack name, samples done, n).
         clock: what seconds are read from.
 
@@ -108,6 +129,7 @@ def run_slowdown(
     if len(x) == 0:
         raise InputError("there is no sample to attack; at least 1 is needed")
     device = next((parameter.device for parameter in net.parameters()), x.device)
+    batch = at_once(batch, device)
     starts = range(0, len(x), batch)
 
     def answers(images: Tensor) -> Answer:

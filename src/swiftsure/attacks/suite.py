@@ -6,68 +6,23 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._eight_bits import eight_bits
-from swiftsure.attacks._fab import fab_targeted
-from swiftsure.attacks._fgsm import fgsm
-from swiftsure.attacks._gradient import GradientReport, assert_inside, check_count, checked_inputs
-from swiftsure.attacks._interval import interval_attack
-from swiftsure.attacks._pgd import pgd
-from swiftsure.attacks._square import square
-from swiftsure.attacks.objectives import Judge, as_exits, dlr, margin, misclassified
+from swiftsure.attacks._gradient import GradientReport, assert_inside, at_once, checked_inputs
+from swiftsure.attacks._suites import Attack
+from swiftsure.attacks.forms import attacks_for
+from swiftsure.attacks.objectives import Judge, as_exits, margin, misclassified
 from swiftsure.ball import Ball
 from swiftsure.errors import InputError, UnsupportedError
-from swiftsure.exits.multi_exit import Answer
+from swiftsure.exits.multi_exit import Answer, MultiExit
 from swiftsure.modes import evaluating
 from swiftsure.precision import in_full_precision
 
-# An entry of a suite: (net, x, y, ball, *, judge, generator, report) -> adversarial images shaped like x.
-Attack = Callable[..., Tensor]
 # Called after each batch with the attack's name, the samples done and all samples.
 Progress = Callable[[str, int, int], None]
-
-
-def _apgd_ce(net: nn.Module, x: Tensor, y: Tensor, ball: Ball, **options: Any) -> Tensor:
-    """In L1 with five restarts, as in AutoAttack: there much hangs on the start."""
-    return apgd(net, x, y, ball, restarts=5 if ball.norm == "1" else 1, **options)
-
-
-_QUICK: dict[str, Attack] = {"fgsm": fgsm, "pgd40": partial(pgd, steps=40)}
-_STANDARD: dict[str, Attack] = {
-    **_QUICK,
-    "apgd_ce": _apgd_ce,
-    "apgd_t": apgd_targeted,
-    "fab_t": fab_targeted,
-    "square5000": partial(square, steps=5000),
-}
-# Names are part of results.json and samples.csv: the method, its steps where they are not AutoAttack's, x<restarts>,
-# and the objective where there is a choice.
-SUITES: dict[str, dict[str, Attack]] = {
-    "quick": _QUICK,
-    "standard": _STANDARD,
-    "full": {
-        **_STANDARD,
-        "pgd200x10": partial(pgd, steps=200, restarts=10),
-        "pgd200x10_margin": partial(pgd, steps=200, restarts=10, objective=margin),
-        "apgd_cex5": partial(apgd, restarts=5),
-        "fab_tx3": partial(fab_targeted, restarts=3),
-        "apgd_dlrx5": partial(apgd, restarts=5, objective=dlr),
-        "apgd_marginx5": partial(apgd, restarts=5, objective=margin),
-        "interval40x5": partial(interval_attack, steps=40, restarts=5),
-    },
-}
-"""The attacks of each suite, all on all samples that are right without attack: the figure of each is its own.
-
-standard: AutoAttack's four, apgd-ce (100 steps; in L1 five restarts), apgd-t and fab-t (100 steps towards each of nine
-classes) and square (5,000 queries), and two plain gradient attacks. full: many restarts and other losses, and the
-interval attack where bounds can read the network.
-"""
 
 
 @dataclass
@@ -91,8 +46,9 @@ class SuiteResult:
         costs: the same for multiply-adds.
         misclassified_last: (n,) bool, whether the last exit alone is wrong without attack; empty where not known.
         broken_last: of networks with several exits that answer by a policy: per attack name, (n,) bool, whether the
-            last exit alone would be wrong on the same images (or on x itself); else empty. It says what the other exits
-            cost in robustness, as far as the attacks do not know the policy.
+            last exit alone would be wrong on the same images (or on x itself); else empty. Where the deployed answer is
+            wrong without attack and the last exit's is not, the attack is run against the last exit. It says what the
+            other exits cost in robustness, as far as the attacks do not know the policy.
         skipped: per attack name, why it could not be run on this network; such an attack has no other entry.
     """
 
@@ -177,9 +133,9 @@ def run_suite(
     ball: Ball,
     suite: str = "quick",
     *,
-    batch: int = 500,
+    batch: int | None = None,
     seed: int = 0,
-    judge: Judge = misclassified,
+    judge: Judge | None = None,
     answer: Callable[[Tensor], Answer] | None = None,
     attacks: Mapping[str, Attack] | None = None,
     progress: Progress | None = None,
@@ -198,34 +154,41 @@ def run_suite(
         x: images, (n, C, H, W), n >= 1, on any device; batches move to the network's.
         y: labels, (n,), integers.
         ball: the threat model.
-        suite: "quick", "standard" or "full"; `SUITES` names the attacks of each.
-        batch: how many samples are attacked at a time.
+        suite: "quick", "standard", "full" or "rdi"; `attacks_for` has the attacks of each.
+        batch: how many samples are attacked at a time; None: 500, on a CPU 100.
         seed: of all random starts.
-        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; by default the last exit's label.
+        judge: what counts as broken, (tuple of logits, y) -> (B,) bool; None: a wrong label, of a `MultiExit` with
+            several exits that of the exit that answers, and then `answer` is ``net.adaptive`` where it is None.
         answer: the network as it is deployed, such as ``net.adaptive``: its labels then decide in the fresh pass, and
             its costs are noted. None: the judge decides on the logits of all exits.
-        attacks: by name, in place of those of `SUITES`; `suite` is then what the result is called.
+        attacks: by name, in place of the suite's; `suite` is then what the result is called.
         progress: called after each batch with (attack name, samples done, n).
         clock: what seconds are read from.
 
     Raises:
-        InputError: unknown suite, no samples, a batch below 1, images or labels that do not fit, or options that an
-            attack refuses.
+        InputError: unknown suite, no samples, a batch below 1, images or labels that do not fit, options that an
+            attack refuses, or several exits without thresholds and no judge.
         UnsupportedError: no attack can read the network. If some can, the others are in `skipped`.
     """
-    if attacks is None:
-        if suite not in SUITES:
-            raise InputError(
-                f"suite is {suite!r}; allowed: {', '.join(SUITES)}, or any name with attacks=attacks_for(...)"
-            )
-        attacks = SUITES[suite]
-    check_count("batch", batch, 1)
     x, y = checked_inputs(net, x, y, ball)
     if len(x) == 0:
         raise InputError("there is no sample to attack; at least 1 is needed")
     device = next((parameter.device for parameter in net.parameters()), x.device)
+    batch = at_once(batch, device)
+    exits, policy = getattr(net, "exits", 1), getattr(net, "policy", None)
+    if judge is None:
+        judge = misclassified
+        if isinstance(net, MultiExit) and exits > 1:
+            if policy is None:
+                raise InputError(
+                    f"the network has {exits} exits and no thresholds; set net.policy, or pass a judge, such as "
+                    "swiftsure.attacks.misclassified for the last exit"
+                )
+            judge, answer = policy.misclassified, answer or net.adaptive
+    if attacks is None:
+        attacks = attacks_for(suite, exits, x.shape[1], None if judge is misclassified else policy)
     starts = range(0, len(x), batch)
-    several = answer is not None and getattr(net, "exits", 1) > 1
+    several = answer is not None and exits > 1
 
     def verdict(images: Tensor, labels: Tensor) -> _Verdict:
         """One fresh forward pass."""
@@ -238,7 +201,19 @@ def run_suite(
             logits = as_exits(net(images))
             return _Verdict(judge(logits, labels).cpu(), margin(logits, labels).cpu())
 
-    before = [verdict(x[i : i + batch].to(device), y[i : i + batch].to(device)) for i in starts]
+    def attempt(attack: Attack, index: Tensor, judge: Judge, stream: str, report: GradientReport) -> _Tried:
+        """One batch, judged; random starts come from that stream."""
+        clean, labels = x[index.to(x.device)].to(device), y[index.to(y.device)].to(device)
+        generator = torch.Generator().manual_seed(zlib.crc32(stream.encode()))
+        # A copy: what an attack writes into its input must not become what it is held against.
+        x_adv = attack(net, clean.clone(), labels, ball, judge=judge, generator=generator, report=report)
+        found = verdict(assert_inside(x_adv, clean, ball), labels)
+        rounded, inside = eight_bits(x_adv, clean, ball)
+        # An image that was rounded out of the ball is no image of it, however wrong.
+        return _Tried(x_adv.cpu(), found, rounded.cpu(), verdict(rounded, labels), inside.cpu())
+
+    # Copies: a network that normalises in place would write into the caller's images.
+    before = [verdict(x[i : i + batch].to(device, copy=True), y[i : i + batch].to(device)) for i in starts]
     wrong = torch.cat([part.broken for part in before])
     clean_macs = torch.cat([part.macs for part in before if part.macs is not None] or [torch.empty(0)])
     clean_exit = torch.cat([part.exit for part in before if part.exit is not None] or [torch.empty(0)])
@@ -251,30 +226,28 @@ def run_suite(
         report, broken, broken_8bit = GradientReport(), wrong.clone(), wrong.clone()
         macs, exit, broken_last = clean_macs.clone(), clean_exit.clone(), result.misclassified_last.clone()
         for start in starts:
-            index = start + (~wrong[start : start + batch]).nonzero().squeeze(1)
-            if len(index):
-                clean, labels = x[index.to(x.device)].to(device), y[index.to(y.device)].to(device)
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name} {start}".encode()))
-                try:
-                    # A copy: what an attack writes into its input must not become what it is held against.
-                    x_adv = attack(
-                        net, clean.clone(), labels, ball, judge=judge, generator=generator, report=report
-                    )
-                except UnsupportedError as error:
-                    result.skipped[name] = str(error)
-                    break
-                found = verdict(assert_inside(x_adv, clean, ball), labels)
-                rounded, inside = eight_bits(x_adv, clean, ball)
-                found_8bit = verdict(rounded, labels)
-                found_8bit.broken &= inside.cpu()
-                broken[index], broken_8bit[index] = found.broken | found_8bit.broken, found_8bit.broken
-                if found.last is not None and found_8bit.last is not None:
-                    broken_last[index] |= found.last | (found_8bit.last & inside.cpu())
-                if found.macs is not None and found.exit is not None:
-                    macs[index], exit[index] = found.macs, found.exit
-                worst.offer(index, x_adv.cpu(), found)
-                # An image that was rounded out of the ball is no image of it, however wrong.
-                worst.offer(index[inside.cpu()], rounded[inside].cpu(), found_8bit.where(inside.cpu()))
+            part, stream = slice(start, start + batch), f"{seed} {name} {start}"
+            try:
+                if len(index := start + (~wrong[part]).nonzero().squeeze(1)):
+                    tried = attempt(attack, index, judge, stream, report)
+                    found, found_8bit, inside = tried.found, tried.found_8bit, tried.inside
+                    broken_8bit[index] = found_8bit.broken & inside
+                    broken[index] = found.broken | broken_8bit[index]
+                    if several:
+                        broken_last[index] |= tried.broken_last
+                    if found.macs is not None and found.exit is not None:
+                        macs[index], exit[index] = found.macs, found.exit
+                    worst.offer(index, tried.images, found)
+                    worst.offer(index[inside], tried.rounded[inside], found_8bit.where(inside))
+                # What is wrong as it is deployed has not been attacked; its last exit may be right, and breakable.
+                if several and len(
+                    index := start + (wrong & ~result.misclassified_last)[part].nonzero().squeeze(1)
+                ):
+                    tried = attempt(attack, index, misclassified, f"{stream} last", GradientReport())
+                    broken_last[index] |= tried.broken_last
+            except UnsupportedError as error:
+                result.skipped[name] = str(error)
+                break
             if progress is not None:
                 progress(name, min(start + batch, len(x)), len(x))
         if name in result.skipped:
@@ -316,6 +289,26 @@ class _Verdict:
     def where(self, some: Tensor) -> _Verdict:
         """Of some of the images, (B,) bool."""
         return _Verdict(self.broken[some], self.margin[some])
+
+
+@dataclass
+class _Tried:
+    """What an attack made of a batch, and what fresh passes say of it; on the CPU."""
+
+    images: Tensor
+    """(B, C, H, W)."""
+    found: _Verdict
+    rounded: Tensor
+    """The same with pixels of 8 bits."""
+    found_8bit: _Verdict
+    inside: Tensor
+    """(B,) bool, whether the rounded image is in the ball."""
+
+    @property
+    def broken_last(self) -> Tensor:
+        """(B,) bool, whether the last exit is wrong on either; for networks with several."""
+        assert self.found.last is not None and self.found_8bit.last is not None
+        return self.found.last | (self.found_8bit.last & self.inside)
 
 
 @dataclass
