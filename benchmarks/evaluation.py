@@ -4,8 +4,8 @@
         [--threads 1] [--cpu-time] [--device cpu] [--only fab_t ...]
 
 What `swiftsure attack RUN --suite full --limit 1000` measures, of several runs and as markdown; no run is written to.
-With --only, some attacks of the suite alone, without guards and attacks on the cost. With --skip, the images after the
-first so many: hours of one network can be cut in pieces.
+With --only, some attacks of the suite alone, without guards, or all attacks on the cost (`--only slowdown`). With
+--skip, the images after the first so many: hours of one network can be cut in pieces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from swiftsure import run, run_attacks
-from swiftsure.attacks import SUITE_NAMES, attacks_for, run_suite
+from swiftsure.attacks import SUITE_NAMES, SlowdownResult, attacks_for, run_slowdown, run_suite
 from swiftsure.certificates import certifying
 from swiftsure.errors import InputError
 from swiftsure.modes import channels_last
@@ -92,6 +92,8 @@ def some(subject: Subject, suite: str, names: Sequence[str], clock: Callable[[],
     suites = attacks_for(suite, subject.exits, subject.images.shape[0], policy)
     x, y = subject.images.batch(slice(None))
     with certifying(net), channels_last(net, x[:2]):
+        if "slowdown" in names:
+            return slowdown(run_slowdown(net, x, y, subject.ball, seed=subject.recipe.seed, clock=clock))
         found = run_suite(
             net, x, y, subject.ball, suite, seed=subject.recipe.seed, judge=subject.judge, answer=net.adaptive,
             attacks={name: attack for name, attack in suites.items() if name in names}, clock=clock,
@@ -103,6 +105,16 @@ def some(subject: Subject, suite: str, names: Sequence[str], clock: Callable[[],
         macs = f"{found.macs[name]:,.0f}" if subject.exits > 1 else ""
         lines.append(f"| {name} | {_percent(found.accuracy[name])} | {seconds:.1f} | {macs} |")
     return lines
+
+
+def slowdown(found: SlowdownResult) -> list[str]:
+    """Lines of markdown: a row for each attack on the cost, and whether they can be believed."""
+    lines = ["| attack | seconds | multiply-adds |", "|---" * 3 + "|"]
+    answers = {"none": found.clean, **found.slowed, "all together": found.dearest}
+    for name, answer in answers.items():
+        seconds = f"{found.seconds[name]:.1f}" if name in found.seconds else ""
+        lines.append(f"| {name} | {seconds} | {answer.macs.double().mean():,.0f} |")
+    return [*lines, "", f"{found.guard.verdict}: {found.guard.reason}"]
 
 
 def _percent(share: float | None) -> str:
@@ -126,7 +138,7 @@ def main() -> int:
         "--cpu-time", action="store_true", help="count this process's own seconds, beside other work"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="*", default=[], help="names of attacks of the suite")
+    parser.add_argument("--only", nargs="*", default=[], help="names of attacks of the suite, or slowdown")
     options = parser.parse_args()
     if not 0 <= options.skip < options.images:
         parser.error(f"--skip is {options.skip}; allowed: 0 to {options.images - 1}, below --images")
