@@ -3,9 +3,10 @@
     python benchmarks/compare_attacks.py [--runs results/*0.1 ...] [--images 1000] [--attacks pgd apgd_ce ...]
 
 torchattacks is looked for as an installed package; AutoAttack as one, and in ../peers/auto-attack beside this
-repository. Never needed: what is not there is left out. Each pair is attacked in turn, on the images that the network
-gets right; every adversarial is checked by our ball, and judged by one fresh pass. Below the table: how many samples a
-peer's attacks of the table break, with any seed, that ours leave with all, and the other way round.
+repository. Never needed: what is not there is left out. Ours and theirs run in turn, seed by seed, on the images that
+the network gets right; seconds and their ratio are medians. Every adversarial is checked by our ball, and judged by one
+fresh pass. Below the table: how many samples a peer's attacks of the table break, with any seed, that ours leave with
+all, and the other way round.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import torch
@@ -43,7 +45,7 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 RUNS = [Path("results/mnist_small_mixtrain_0.1"), Path("results/mnist_small_mixtrain_0.3")]
 NAMES = ("pgd", "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
 PEERS = ("torchattacks", "autoattack")
-COLUMNS = ("attack", "ours", "seconds", "peer", "theirs", "seconds", "ours - theirs")
+COLUMNS = ("attack", "ours", "seconds", "peer", "theirs", "seconds", "ours - theirs", "times as long")
 
 
 def peers(wanted: list[str]) -> dict[str, ModuleType]:
@@ -131,21 +133,15 @@ def from_autoattack(package: ModuleType, name: str, ball: ss.Ball, queries: int,
     return attack
 
 
-def standing(
-    net: nn.Module, attack: Callable[[int], Attack], x: Tensor, y: Tensor, ball: ss.Ball, seeds: int
-) -> tuple[Tensor, float]:
-    """(seeds, n) bool, which samples the attack leaves with each seed; and its seconds for one."""
-    left, seconds = [], 0.0
-    for seed in range(seeds):
-        began = CLOCK()
-        parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
-        x_adv = torch.cat([attack(seed)(net, *part) for part in parts])
-        seconds += CLOCK() - began
-        if not bool(ball.contains(x_adv, x, slack=1e-4).all()):
-            raise AssertionError("an attack left the ball")
-        with torch.no_grad():
-            left.append(net(x_adv).argmax(1) == y)
-    return torch.stack(left), seconds / seeds
+def standing(net: nn.Module, attack: Attack, x: Tensor, y: Tensor, ball: ss.Ball) -> tuple[Tensor, float]:
+    """(n,) bool, which samples the attack leaves; and its seconds."""
+    began = CLOCK()
+    x_adv = torch.cat([attack(net, *part) for part in zip(x.split(BATCH), y.split(BATCH), strict=True)])
+    seconds = CLOCK() - began
+    if not bool(ball.contains(x_adv, x, slack=1e-4).all()):
+        raise AssertionError("an attack left the ball")
+    with torch.no_grad():
+        return net(x_adv).argmax(1) == y, seconds
 
 
 def compare(
@@ -157,33 +153,48 @@ def compare(
     total, x, y = len(x), x[right], y[right]
     table.title = f"{table.title}; {total} images, {100 * len(x) / total:.2f}% right without attack"
     every, worst = torch.ones(len(x), dtype=torch.bool), 0.0
-    left_by_ours, left_by_peer = every, dict.fromkeys(peers(options.peers), every)
-    makers = {"torchattacks": from_torchattacks, "autoattack": from_autoattack}
+    packages = peers(options.peers)
+    left_by_ours, left_by_peer = every, dict.fromkeys(packages, every)
 
     def points(left: Tensor) -> float:
         return 100 * float(left.double().sum(-1).mean()) / total
 
     for name in options.attacks:
-        left, seconds = standing(net, partial(ours, name, ball, options.queries), x, y, ball, options.seeds)
-        left_by_ours = left_by_ours & left.all(0)
-        for peer, package in peers(options.peers).items():
-            if not knows(peer, name, ball):
-                continue
-            make = partial(makers[peer], package, name, ball, options.queries)
-            their, their_seconds = standing(net, make, x, y, ball, options.seeds)
-            left_by_peer[peer] = left_by_peer[peer] & their.all(0)
-            difference = points(left) - points(their)
+        makers = {"ours": ours} | {
+            peer: partial(PEER_ATTACKS[peer], package)
+            for peer, package in packages.items()
+            if knows(peer, name, ball)
+        }
+        runs: dict[str, list[tuple[Tensor, float]]] = {who: [] for who in makers}
+        for seed in range(options.seeds):
+            # One after another, so that other work on the machine slows all of them.
+            for who, make in makers.items():
+                runs[who].append(standing(net, make(name, ball, options.queries, seed), x, y, ball))
+        left = {who: torch.stack([one for one, _ in found]) for who, found in runs.items()}
+        seconds = {who: [one for _, one in found] for who, found in runs.items()}
+        left_by_ours = left_by_ours & left["ours"].all(0)
+        for peer in list(makers)[1:]:
+            left_by_peer[peer] = left_by_peer[peer] & left[peer].all(0)
+            difference = points(left["ours"]) - points(left[peer])
             worst = max(worst, difference)
+            ratios = [one / other for one, other in zip(seconds["ours"], seconds[peer], strict=True)]
             table.add_row(
-                name, f"{points(left):.2f}", f"{seconds:.1f}",
-                f"{peer} {name}", f"{points(their):.2f}", f"{their_seconds:.1f}", f"{difference:+.2f}",
+                name, f"{points(left['ours']):.2f}", f"{median(seconds['ours']):.1f}", f"{peer} {name}",
+                f"{points(left[peer]):.2f}", f"{median(seconds[peer]):.1f}", f"{difference:+.2f}",
+                f"{median(ratios):.2f}",
             )  # fmt: skip
     said = [f"all of ours leave {points(left_by_ours):.2f}"]
-    for peer, left in left_by_peer.items():
-        alone, ours_alone = int((left_by_ours & ~left).sum()), int((left & ~left_by_ours).sum())
-        said.append(f"{peer} {points(left):.2f}, {alone} broken by it alone, {ours_alone} by ours alone")
+    for peer, its in left_by_peer.items():
+        alone, ours_alone = int((left_by_ours & ~its).sum()), int((its & ~left_by_ours).sum())
+        said.append(f"{peer} {points(its):.2f}, {alone} broken by it alone, {ours_alone} by ours alone")
     table.caption = "; ".join(said)
     return worst
+
+
+PEER_ATTACKS: dict[str, Callable[..., Attack]] = {
+    "torchattacks": from_torchattacks,
+    "autoattack": from_autoattack,
+}
 
 
 def knows(peer: str, name: str, ball: ss.Ball) -> bool:
