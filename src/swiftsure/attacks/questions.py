@@ -314,19 +314,16 @@ def queries(asked: Asked, found: SuiteResult) -> Check:
             forced = asked.further(attack, f"square forcing each gate ({count} queries)", most)
             if forced.verdict == SUSPICIOUS:
                 return forced
-    # Of the suite's own attacks more samples are known than guards ask about.
-    by_queries = {name: flags for name, flags in found.broken.items() if name.startswith("square")}
-    by_gradients = [flags for name, flags in found.broken.items() if name not in by_queries]
+    n = len(asked.broken)
+    by_queries = {name: flags[:n] for name, flags in found.broken.items() if name.startswith("square")}
+    by_gradients = [flags[:n] for name, flags in found.broken.items() if name not in by_queries]
     if not by_queries:
         attack = partial(square, objective=asked.over(margin), judge=asked.judge, steps=QUERIES)
         return asked.further(attack, f"square ({QUERIES} queries)")
-    left = ~torch.stack([found.misclassified, *by_gradients]).any(0)
+    left = ~torch.stack([found.misclassified[:n], *by_gradients]).any(0)
     new = int((torch.stack(list(by_queries.values())).any(0) & left).sum())
     return _judged(
-        new,
-        found.n,
-        f"{' and '.join(by_queries)}",
-        f"of the {int(left.sum())} samples that gradients left",
+        new, n, f"{' and '.join(by_queries)}", f"of the {int(left.sum())} samples that gradients left"
     )
 
 
