@@ -142,6 +142,9 @@ def checked_inputs(net: nn.Module, x: Tensor, y: Tensor, ball: Ball) -> tuple[Te
         return x, y.long()
 
 
+_SMALL = 512
+"""Values of an image from which on activations count."""
+
 _CLASSES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Of networks that do not say how many they have; asked again when labels exceed it."""
 
@@ -178,17 +181,18 @@ def check_count(name: str, value: int, least: int) -> None:
         raise InputError(f"{name} is {value!r}; allowed: an integer >= {least}")
 
 
-def at_once(batch: int | None, device: torch.device) -> int:
-    """How many samples are attacked at a time; None: 500, on a CPU 100.
+def at_once(batch: int | None, x: Tensor, device: torch.device) -> int:
+    """How many of the images x are attacked at a time; None: 500, on a CPU 100, but for the smallest images.
 
     There larger activations leave the caches and are mapped anew at every step: attacks on batches of 500 took up to
-    2.1 times as long a sample (RDI-SmallCNN, one thread).
+    2.1 times as long a sample (RDI-SmallCNN, one thread). What networks for 8x8 digits compute is so little that calls
+    cost more.
 
     Raises:
         InputError: no integer from 1 on.
     """
     if batch is None:
-        return 100 if device.type == "cpu" else 500
+        return 100 if device.type == "cpu" and x[0].numel() >= _SMALL else 500
     check_count("batch", batch, 1)
     return batch
 

@@ -124,7 +124,8 @@ def guard(
         policy: of a network with several exits; success is then a wrong answer of the exit that answers.
         sources: other networks for the same images, by name.
         samples: how many are asked about, at most: the first ones.
-        batch: how many samples are attacked at a time; None: 500, on a CPU 100.
+        batch: how many samples are attacked at a time; None: 500, on a CPU 100, of
+            tiny images 500.
         seed: of all random numbers.
         progress: called with the name of each check before it begins.
         clock: what seconds are read from.
@@ -142,7 +143,9 @@ def guard(
         (lambda of: of) if policy is None else (lambda of: deployed(policy, of))
     )
     device = next((parameter.device for parameter in net.parameters()), x.device)
-    asked = Asked(net, x, y, ball, found.union[:n], judge, over, policy, device, at_once(batch, device), seed)
+    asked = Asked(
+        net, x, y, ball, found.union[:n], judge, over, policy, device, at_once(batch, x, device), seed
+    )
     checklist: dict[str, Callable[[], Check]] = {
         "randomness": lambda: questions.randomness(asked),
         "gradients": lambda: questions.gradients(asked, found),

@@ -155,7 +155,8 @@ def run_suite(
         y: labels, (n,), integers.
         ball: the threat model.
         suite: "quick", "standard", "full" or "rdi"; `attacks_for` has the attacks of each.
-        batch: how many samples are attacked at a time; None: 500, on a CPU 100.
+        batch: how many samples are attacked at a time; None: 500, on a CPU 100, of
+            tiny images 500.
         seed: of all random starts.
         judge: what counts as broken, (tuple of logits, y) -> (B,) bool; None: a wrong label, of a `MultiExit` with
             several exits that of the exit that answers, and then `answer` is ``net.adaptive`` where it is None.
@@ -174,7 +175,7 @@ def run_suite(
     if len(x) == 0:
         raise InputError("there is no sample to attack; at least 1 is needed")
     device = next((parameter.device for parameter in net.parameters()), x.device)
-    batch = at_once(batch, device)
+    batch = at_once(batch, x, device)
     exits, policy = getattr(net, "exits", 1), getattr(net, "policy", None)
     if judge is None:
         judge = misclassified
