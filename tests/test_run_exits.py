@@ -194,7 +194,7 @@ def test_thresholds_under_attack(folder: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert main(["calibrate", str(folder), "--attacked", "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        "swiftsure: attacked images fit thresholds within a budget; give macs as well\n"
+        "swiftsure: attacked images fit thresholds within a budget; give macs or forced_macs as well\n"
     )
 
 

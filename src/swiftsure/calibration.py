@@ -45,6 +45,7 @@ def calibrate_run(
     *,
     macs: float | None = None,
     certified_macs: float | None = None,
+    forced_macs: float | None = None,
     attacked: bool = False,
     thresholds: Sequence[float] | None = None,
     policy: str | None = None,
@@ -62,7 +63,10 @@ def calibrate_run(
             each exit.
         certified_macs: instead, the mean of the proven worst-case multiply-adds over the recipe's ball, for the best
             verified accuracy within them.
-        attacked: with macs: the best accuracy on clean images and under attacks on each exit, over the recipe's ball.
+        forced_macs: instead, the mean multiply-adds that attacks on the cost may force within the recipe's ball, for
+            the best accuracy within them; fitted to the first 500 images.
+        attacked: with macs or forced_macs: the best accuracy on clean images and under attacks on each exit, over the
+            recipe's ball.
         thresholds: by hand instead, one for each exit but the last.
         policy: "entropy" or "confidence"; None: the recipe's.
         device: "auto" or a torch device.
@@ -75,17 +79,20 @@ def calibrate_run(
     """
     folder = Path(folder)
     recipe = run.read_recipe(folder)
-    given = {"macs": macs, "certified_macs": certified_macs, "thresholds": thresholds}
+    given = {
+        "macs": macs, "certified_macs": certified_macs, "forced_macs": forced_macs, "thresholds": thresholds
+    }  # fmt: skip
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise InputError(f"{' and '.join(named)} are both given; allowed: one of them")
-    if attacked and macs is None:
-        raise InputError("attacked images fit thresholds within a budget; give macs as well")
+    if attacked and macs is None and forced_macs is None:
+        raise InputError("attacked images fit thresholds within a budget; give macs or forced_macs as well")
     choice = replace(
         recipe.exits,
         policy=policy or recipe.exits.policy,  # type: ignore[arg-type]
         macs=macs,
         certified_macs=certified_macs,
+        forced_macs=forced_macs,
         attacked=attacked,
         thresholds=None if thresholds is None else list(thresholds),
     )

@@ -253,9 +253,15 @@ COMMANDS = {
                 help="mean of the proven worst-case multiply-adds, for the best verified accuracy within them",
             ),
             _argument(
+                "--forced-macs",
+                type=_number,
+                metavar="NUMBER",
+                help="mean multiply-adds that attacks on the cost may force, for the best accuracy (takes minutes)",
+            ),
+            _argument(
                 "--attacked",
                 action="store_true",
-                help="with --macs: the best accuracy under attacks on each exit, and not of clean images alone",
+                help="with a budget, but a certified one: the best accuracy under attacks on each exit as well",
             ),
             _argument(
                 "--thresholds", type=_numbers, metavar="LIST", help="by hand: one for each exit but the last"

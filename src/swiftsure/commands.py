@@ -68,6 +68,7 @@ def calibrate(options: Namespace) -> None:
         options.run,
         macs=options.macs,
         certified_macs=options.certified_macs,
+        forced_macs=options.forced_macs,
         attacked=options.attacked,
         thresholds=options.thresholds,
         policy=options.policy,

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from swiftsure.ball import Ball, parse_eps
 from swiftsure.errors import InputError
 
+BUDGETS = ("macs", "certified_macs", "forced_macs")
+"""Options of `Exits` that are a mean number of multiply-adds: of clean images, proven, forced by attacks."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -62,10 +65,13 @@ class Exits:
         macs: fitted thresholds: the mean multiply-adds an image may cost, for the best accuracy within them; null for
             equally many images at each exit.
         certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
-            accuracy within them, by cheap bounds over the recipe's ball; null for one of the other two.
+            accuracy within them, by cheap bounds over the recipe's ball; null for one of the others.
+        forced_macs: fitted thresholds: the mean multiply-adds that attacks on the cost may *force* within the recipe's
+            ball, for the best accuracy within them; null for one of the others.
         frozen: the network that exits are attached to stays as it is, as `model.warm_start` has it, in evaluation
             mode: their heads alone are trained, and the last exit remains that network.
-        attacked: with macs: the best accuracy is that on clean images and under PGD on each exit and on their average.
+        attacked: with macs or forced_macs: the best accuracy is that on clean images and under PGD on each exit and on
+            their average.
     """
 
     at: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +80,7 @@ class Exits:
     thresholds: list[float] | None = None
     macs: float | None = None
     certified_macs: float | None = None
+    forced_macs: float | None = None
     frozen: bool = False
     attacked: bool = False
 
@@ -86,7 +93,7 @@ class Exits:
             not self.frozen or bool(self.at) or self.count is not None,
             "exits.frozen trains attached heads alone, and none are attached; give exits.at or exits.count",
         )
-        ways = [name for name in ("thresholds", "macs", "certified_macs") if getattr(self, name) is not None]
+        ways = [name for name in ("thresholds", *BUDGETS) if getattr(self, name) is not None]
         _require(
             # Training towards thresholds and fitting others within a certified budget go together.
             len(ways) < 2 or ways == ["thresholds", "certified_macs"],
@@ -99,12 +106,12 @@ class Exits:
                 f"exits.thresholds holds {value}; allowed: "
                 + ("0 to 1" if self.policy == "confidence" else "finite entropies >= 0, in nats"),
             )
-        for name in ("macs", "certified_macs"):
+        for name in BUDGETS:
             budget = getattr(self, name)
             _require(budget is None or budget > 0, f"exits.{name} is {budget}; allowed: above 0, or null")
         _require(
-            not self.attacked or self.macs is not None,
-            "exits.attacked fits thresholds within exits.macs, which is null; give a budget",
+            not self.attacked or self.macs is not None or self.forced_macs is not None,
+            "exits.attacked fits thresholds within exits.macs or exits.forced_macs, and both are null; give a budget",
         )
 
 

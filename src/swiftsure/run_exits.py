@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks import Objective, average, never, pgd, single
+from swiftsure.attacks import Objective, average, never, pgd, single, within_forced_macs
+from swiftsure.attacks._forced import ROUNDS
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.certificates import certifying, within_certified_macs
@@ -15,9 +16,12 @@ from swiftsure.data import ImageSet
 from swiftsure.data.progress import progress
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, attach, calibrate
-from swiftsure.recipe import Exits
+from swiftsure.modes import channels_last
+from swiftsure.recipe import BUDGETS, Exits
 
 STEPS = 40
+FORCED = 500
+"""How many images a forced budget is fitted to: each round attacks them with the whole slowdown suite."""
 
 
 def with_exits(net: nn.Module, choice: Exits, input_shape: Sequence[int]) -> nn.Module:
@@ -45,7 +49,7 @@ def with_exits(net: nn.Module, choice: Exits, input_shape: Sequence[int]) -> nn.
             Policy(choice.policy, choice.thresholds).require(exits)
         except InputError as error:
             raise InputError(f"exits: {error}") from None
-    for name in ("macs", "certified_macs"):
+    for name in BUDGETS:
         budget = getattr(choice, name)
         if budget is not None:
             if not isinstance(net, MultiExit) or exits == 1:
@@ -65,7 +69,7 @@ def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> P
         net: trained.
         choice: `exits` of the recipe.
         images: held out from training and from the choice of the epoch.
-        ball: the threat model, for a certified budget.
+        ball: the threat model, for a certified or a forced budget, and for attacked images.
 
     Raises:
         InputError: thresholds of another number, or a budget below the first exit's cost.
@@ -80,10 +84,18 @@ def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> P
         return policy
     # In the arithmetic that evaluation and certificates use.
     with certifying(net):
-        if not choice.attacked:
-            return calibrate(net, images, rule=choice.policy, macs=choice.macs)
-        attacked = list(attacked_logits(net, images, ball).values())
-        return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
+        if choice.forced_macs is not None:
+            images = images.select(slice(0, FORCED))
+        attacked = list(attacked_logits(net, images, ball).values()) if choice.attacked else []
+        if choice.forced_macs is None:
+            return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
+        with (
+            channels_last(net, images.batch(slice(0, 2))[0]),
+            progress("thresholds tried, at most", ROUNDS) as step,
+        ):
+            return within_forced_macs(
+                net, images, ball, choice.forced_macs, rule=choice.policy, attacked=attacked, progress=step
+            ).policy
 
 
 def attacked_logits(net: nn.Module, images: ImageSet, ball: Ball, seed: int = 0) -> dict[str, list[Tensor]]:

@@ -4,6 +4,7 @@ from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
 from swiftsure.attacks._fab import fab_targeted
 from swiftsure.attacks._fgsm import fgsm
+from swiftsure.attacks._forced import Forced, within_forced_macs
 from swiftsure.attacks._gradient import Gradient, GradientReport, input_gradient
 from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
@@ -37,6 +38,7 @@ __all__ = [
     "SLOWDOWNS",
     "SUITES",
     "SUITE_NAMES",
+    "Forced",
     "Gradient",
     "GradientReport",
     "Judge",
@@ -78,6 +80,7 @@ __all__ = [
     "targeted_dlr",
     "targeted_margin",
     "weighted",
+    "within_forced_macs",
     "wrm",
     "wrm_unprojected",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,7 @@ from swiftsure.attacks._apgd import apgd
 from swiftsure.attacks._gradient import assert_inside, at_once, checked_inputs
 from swiftsure.attacks._square import square
 from swiftsure.attacks._suites import Attack
-from swiftsure.attacks.questions import NEW, RELIABLE, SUSPICIOUS, Check
+from swiftsure.attacks.questions import NEW, NOT_EVALUATED, RELIABLE, SUSPICIOUS, Check
 from swiftsure.attacks.slowdown import above_thresholds, deepsloth, delayed, one_by_one
 from swiftsure.attacks.suite import Progress
 from swiftsure.ball import Ball
@@ -50,6 +50,8 @@ class SlowdownResult:
     @property
     def guard(self) -> Check:
         """Suspicious where queries force more than all gradients do: on more than 1% of the samples."""
+        if _QUERIES not in self.slowed or len(self.slowed) == 1:
+            return Check(NOT_EVALUATED, f"it needs {_QUERIES} and an attack by gradients")
         by_gradients = torch.stack([answer.macs for name, answer in self.slowed.items() if name != _QUERIES])
         left = torch.maximum(by_gradients.amax(0), self.clean.macs)
         new = int((self.slowed[_QUERIES].macs > left).sum())
@@ -95,6 +97,7 @@ def run_slowdown(
     ball: Ball,
     policy: Policy | None = None,
     *,
+    attacks: Mapping[str, Attack] | None = None,
     steps: int = 100,
     batch: int | None = None,
     seed: int = 0,
@@ -112,6 +115,7 @@ def run_slowdown(
         y: labels, (n,), integers.
         ball: the threat model.
         policy: when inputs leave; None: ``net.policy``.
+        attacks: by name; None: `slowdown_attacks` of the policy and the steps.
         steps: of each gradient attack; square has ten times as many queries.
         batch: how many samples are attacked at a time; None: 500, on a CPU 100, of
             tiny images 500.
@@ -137,7 +141,7 @@ def run_slowdown(
         return _on_cpu([net.adaptive(images[start : start + batch].to(device), policy) for start in starts])
 
     result = SlowdownResult(ball, answers(x), x.cpu().clone())
-    for name, attack in slowdown_attacks(policy, steps).items():
+    for name, attack in (slowdown_attacks(policy, steps) if attacks is None else attacks).items():
         began, found = clock(), []
         for start in starts:
             images, labels = (t[start : start + batch].to(device) for t in (x, y))

@@ -119,6 +119,7 @@ def within_macs(
     budget: float,
     rule: str = "entropy",
     attacked: Sequence[Sequence[Tensor]] = (),
+    forced: bool = False,
 ) -> Policy:
     """The thresholds of the highest accuracy whose mean cost is within a budget, as far as a search finds them.
 
@@ -135,6 +136,7 @@ def within_macs(
         rule: a name of `RULES`.
         attacked: for each of several attacks, K logits of the same samples under it. A sample then counts as right
             where it is right on its clean image and on every attacked one; cost is that of clean images.
+        forced: a sample costs what the dearest of its images does, clean or attacked.
 
     Raises:
         InputError: as `equal_share`; attacked logits of other samples or exits; or a budget that is no number or
@@ -161,7 +163,7 @@ def within_macs(
     if len(logits) == 1:
         return Policy(rule, ())
     views = [(scores, _right(logits, y)), *((_scores(seen, rule), _right(seen, y)) for seen in attacked)]
-    search = _Search(views, torch.tensor(macs, dtype=torch.float64), float(budget))
+    search = _Search(views, torch.tensor(macs, dtype=torch.float64), float(budget), forced)
     return _policy(rule, search.run().tolist())
 
 
@@ -173,14 +175,18 @@ class _Search:
             label is right, (K, N) bool.
         macs: (K,).
         budget: mean cost allowed, of clean images.
+        forced: of the dearest of each sample's images instead.
     """
 
-    def __init__(self, views: Sequence[tuple[Tensor, Tensor]], macs: Tensor, budget: float) -> None:
-        self.views, self.macs, self.budget = views, macs, budget
-        self.scores = views[0][0]
-        self.sides, self.samples = self.scores.shape
+    def __init__(
+        self, views: Sequence[tuple[Tensor, Tensor]], macs: Tensor, budget: float, forced: bool
+    ) -> None:
+        self.views, self.macs, self.budget, self.forced = views, macs, budget, forced
+        self.sides, self.samples = views[0][0].shape
+        # Thresholds are sought among the scores of the images that cost: (K - 1, images).
+        self.scores = torch.cat([scores for scores, _ in views], 1) if forced else views[0][0]
         ordered = self.scores.sort(1).values
-        places = [round(share * self.samples) for share in _SHARES]
+        places = [round(share * ordered.shape[1]) for share in _SHARES]
         # (K - 1, grid): from "nobody leaves" to "all do".
         self.grid = torch.tensor([[_behind(row, place) for place in places] for row in ordered])
         # Sums of thresholds are compared; what stands below every score does as well as minus infinity.
@@ -205,7 +211,7 @@ class _Search:
             alone[:, side] = self.grid[side]
             yield alone
         for share in _SHARES[1:-1]:
-            inside, thresholds = torch.arange(self.samples), []
+            inside, thresholds = torch.arange(self.scores.shape[1]), []
             for side in range(self.sides):
                 ordered = self.scores[side, inside].sort().values
                 threshold = _behind(ordered, round(share * len(inside)))
@@ -247,18 +253,18 @@ class _Search:
     def _measured(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy and mean cost of policies (P, K - 1): (P,) each."""
         accurate = torch.ones(len(thresholds), self.samples, dtype=torch.bool)
-        cost = torch.zeros(len(thresholds), dtype=torch.float64)
+        dearest = torch.zeros(len(thresholds), self.samples, dtype=torch.float64)
         for number, (scores, right) in enumerate(self.views):
-            inside = torch.ones_like(accurate)
+            inside, costs = torch.ones_like(accurate), number == 0 or self.forced
             for exit in range(self.sides + 1):
                 leaves = inside
                 if exit < self.sides:
                     leaves = inside & (scores[exit] < thresholds[:, exit, None])
                 accurate &= ~leaves | right[exit]
-                if number == 0:
-                    cost += leaves.sum(1) * self.macs[exit]
+                if costs:
+                    dearest = torch.where(leaves, dearest.clamp_min(self.macs[exit]), dearest)
                 inside = inside & ~leaves
-        return accurate.double().mean(1), cost / self.samples
+        return accurate.double().mean(1), dearest.mean(1)
 
 
 def _right(logits: Sequence[Tensor], y: Tensor) -> Tensor:

@@ -91,8 +91,10 @@ def _deployed(net: nn.Module, logits: list[Tensor], images: ImageSet, choice: Ex
         return Policy(choice.policy, choice.thresholds)
     if choice.certified_macs is not None and isinstance(net, MultiExit):
         return within_certified_macs(net, images, ball, choice.certified_macs, choice.policy).policy
-    if choice.macs is not None and isinstance(net, MultiExit):
-        return within_macs(logits, images.labels, net.macs(images.shape), choice.macs, choice.policy)
+    # A forced budget takes attacks on the cost: minutes, at the end alone. Clean images within it stand for that.
+    budget = choice.macs if choice.macs is not None else choice.forced_macs
+    if budget is not None and isinstance(net, MultiExit):
+        return within_macs(logits, images.labels, net.macs(images.shape), budget, choice.policy)
     return equal_share(logits, choice.policy)
 
 
