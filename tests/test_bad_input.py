@@ -73,7 +73,7 @@ RECIPES = [
     ("exits: {policy: guess}", "exits.policy is 'guess'; allowed: entropy, confidence"),
     ("exits: {thresholds: [0.1, .nan]}", "exits.thresholds holds nan; allowed: finite entropies >= 0"),
     ("exits: {policy: confidence, thresholds: [2]}", "exits.thresholds holds 2"),
-    ("exits: {thresholds: [0.1], macs: 5}", "exits.thresholds and exits.macs are both given"),
+    ("exits: {thresholds: [0.1], macs: 5}", "exits.thresholds and exits.macs are given together"),
     ("exits: {macs: 0}", "exits.macs is 0"),
     ("optimizer: {rate: .nan}", "optimizer.rate is nan; allowed: a finite number"),
     ("optimizer: {rate: .inf}", "optimizer.rate is inf; allowed: a finite number"),

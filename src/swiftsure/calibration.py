@@ -10,6 +10,7 @@ import torch
 
 import swiftsure.files as files
 from swiftsure import certificates, data, examples, models, results, run, run_exits, samples
+from swiftsure.attacks import Forced
 from swiftsure.certificates import certifying
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy
@@ -28,6 +29,7 @@ class Calibrated:
         shares: share that leaves at each exit.
         macs: mean multiply-adds.
         static: multiply-adds of all exits.
+        forced: with a forced budget: what attacks did to the images that it was fitted to.
         forgot: whether the run held what other thresholds had measured, which was removed.
     """
 
@@ -37,6 +39,7 @@ class Calibrated:
     shares: list[float]
     macs: float
     static: int
+    forced: Forced | None = None
     forgot: bool = False
 
 
@@ -64,7 +67,7 @@ def calibrate_run(
         certified_macs: instead, the mean of the proven worst-case multiply-adds over the recipe's ball, for the best
             verified accuracy within them.
         forced_macs: instead, the mean multiply-adds that attacks on the cost may force within the recipe's ball, for
-            the best accuracy within them; fitted to the first 500 images.
+            the best accuracy within them; fitted to 300 of the images.
         attacked: with macs or forced_macs: the best accuracy on clean images and under attacks on each exit, over the
             recipe's ball.
         thresholds: by hand instead, one for each exit but the last.
@@ -84,7 +87,7 @@ def calibrate_run(
     }  # fmt: skip
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise InputError(f"{' and '.join(named)} are both given; allowed: one of them")
+        raise InputError(f"{' and '.join(named)} are given together; allowed: one of them")
     if attacked and macs is None and forced_macs is None:
         raise InputError("attacked images fit thresholds within a budget; give macs or forced_macs as well")
     choice = replace(
@@ -100,14 +103,16 @@ def calibrate_run(
     if not isinstance(net, MultiExit) or net.exits == 1:
         raise InputError(f"{folder} has a network of one exit; there are no thresholds to fit")
     images = data.load(recipe.data.name, data_root, recipe.seed).calibration
-    fitted = run_exits.fit_policy(net, choice, images, recipe.ball.build())
+    ball = recipe.ball.build()
+    forced = None if forced_macs is None else run_exits.fit_forced(net, choice, images, ball)
+    fitted = run_exits.fit_policy(net, choice, images, ball) if forced is None else forced.policy
     assert fitted is not None
     net.policy = fitted
     found = _measured(net, fitted, images)
     # In this order: killed in between, the run has no figures rather than figures of other thresholds.
     forgot = _forget(folder)
     models.save_policy(net, folder)
-    return replace(found, forgot=forgot)
+    return replace(found, forced=forced, forgot=forgot)
 
 
 def _measured(net: MultiExit, policy: Policy, images: data.ImageSet) -> Calibrated:

@@ -256,12 +256,12 @@ COMMANDS = {
                 "--forced-macs",
                 type=_number,
                 metavar="NUMBER",
-                help="mean multiply-adds that attacks on the cost may force, for the best accuracy (takes minutes)",
+                help="mean multiply-adds that attacks on the cost may force on held-out images, for the best accuracy",
             ),
             _argument(
                 "--attacked",
                 action="store_true",
-                help="with a budget, but a certified one: the best accuracy under attacks on each exit as well",
+                help="with --macs or --forced-macs: the best accuracy under attacks on each exit as well",
             ),
             _argument(
                 "--thresholds", type=_numbers, metavar="LIST", help="by hand: one for each exit but the last"

@@ -82,6 +82,11 @@ def calibrate(options: Namespace) -> None:
         f"{found.n:,} held-out images {_percent(found.accuracy).strip()} are right; {shares} leave at each exit, for "
         f"{found.macs:,.0f} multiply-adds on average (all exits: {found.static:,})"
     )
+    if found.forced is not None:
+        forced = found.forced
+        print(
+            f"on {forced.n:,} of them attacks on the cost force {forced.macs:,.0f} multiply-adds on average"
+        )
     if found.forgot:
         print(
             f"what was measured with other thresholds is gone from {options.run}; `swiftsure evaluate {options.run}` "

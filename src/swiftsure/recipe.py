@@ -67,7 +67,7 @@ class Exits:
         certified_macs: fitted thresholds: the mean of the *proven* worst-case multiply-adds, for the best *verified*
             accuracy within them, by cheap bounds over the recipe's ball; null for one of the others.
         forced_macs: fitted thresholds: the mean multiply-adds that attacks on the cost may *force* within the recipe's
-            ball, for the best accuracy within them; null for one of the others.
+            ball, on 300 held-out images, for the best accuracy within them; null for one of the others.
         frozen: the network that exits are attached to stays as it is, as `model.warm_start` has it, in evaluation
             mode: their heads alone are trained, and the last exit remains that network.
         attacked: with macs or forced_macs: the best accuracy is that on clean images and under PGD on each exit and on
@@ -97,7 +97,8 @@ class Exits:
         _require(
             # Training towards thresholds and fitting others within a certified budget go together.
             len(ways) < 2 or ways == ["thresholds", "certified_macs"],
-            f"exits.{' and exits.'.join(ways)} are both given; with thresholds by hand nothing is fitted",
+            f"exits.{' and exits.'.join(ways)} are given together; allowed: one of them, or thresholds with "
+            "certified_macs",
         )
         high = 1.0 if self.policy == "confidence" else math.inf
         for value in self.thresholds or []:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from swiftsure.attacks import Objective, average, never, pgd, single, within_forced_macs
-from swiftsure.attacks._forced import ROUNDS
+from swiftsure.attacks import SLOWDOWNS, Forced, Objective, average, never, pgd, single, within_forced_macs
+from swiftsure.attacks.forced import ROUNDS
 from swiftsure.attacks.objectives import as_exits
 from swiftsure.ball import Ball
 from swiftsure.certificates import certifying, within_certified_macs
@@ -20,7 +20,7 @@ from swiftsure.modes import channels_last
 from swiftsure.recipe import BUDGETS, Exits
 
 STEPS = 40
-FORCED = 500
+FORCED = 300
 """How many images a forced budget is fitted to: each round attacks them with the whole slowdown suite."""
 
 
@@ -82,20 +82,28 @@ def fit_policy(net: nn.Module, choice: Exits, images: ImageSet, ball: Ball) -> P
         policy = Policy(choice.policy, choice.thresholds)
         policy.require(net.exits)
         return policy
+    if choice.forced_macs is not None:
+        return fit_forced(net, choice, images, ball).policy
     # In the arithmetic that evaluation and certificates use.
     with certifying(net):
-        if choice.forced_macs is not None:
-            images = images.select(slice(0, FORCED))
         attacked = list(attacked_logits(net, images, ball).values()) if choice.attacked else []
-        if choice.forced_macs is None:
-            return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
-        with (
-            channels_last(net, images.batch(slice(0, 2))[0]),
-            progress("thresholds tried, at most", ROUNDS) as step,
-        ):
+        return calibrate(net, images, rule=choice.policy, macs=choice.macs, attacked=attacked)
+
+
+def fit_forced(net: MultiExit, choice: Exits, images: ImageSet, ball: Ball) -> Forced:
+    """The thresholds within `choice.forced_macs`, fitted to `FORCED` of the images, evenly spread over them.
+
+    Args and errors as of `fit_policy`; several exits.
+    """
+    assert choice.forced_macs is not None
+    # Spread, because sets made of folders come class by class.
+    images = images.select(torch.linspace(0, len(images) - 1, min(FORCED, len(images))).long())
+    with certifying(net), channels_last(net, images.batch(slice(0, 2))[0]):
+        attacked = list(attacked_logits(net, images, ball).values()) if choice.attacked else []
+        with progress("attacking the cost", ROUNDS * len(SLOWDOWNS)) as step:
             return within_forced_macs(
                 net, images, ball, choice.forced_macs, rule=choice.policy, attacked=attacked, progress=step
-            ).policy
+            )  # fmt: skip
 
 
 def attacked_logits(net: nn.Module, images: ImageSet, ball: Ball, seed: int = 0) -> dict[str, list[Tensor]]:

@@ -4,7 +4,6 @@ from swiftsure.attacks._apgd import apgd, apgd_targeted
 from swiftsure.attacks._exits import at_exit, max_average
 from swiftsure.attacks._fab import fab_targeted
 from swiftsure.attacks._fgsm import fgsm
-from swiftsure.attacks._forced import Forced, within_forced_macs
 from swiftsure.attacks._gradient import Gradient, GradientReport, input_gradient
 from swiftsure.attacks._interval import interval_attack
 from swiftsure.attacks._pgd import pgd
@@ -12,6 +11,7 @@ from swiftsure.attacks._replay import Replayed, replayed
 from swiftsure.attacks._square import square
 from swiftsure.attacks._suites import SUITES
 from swiftsure.attacks._wrm import wrm, wrm_unprojected
+from swiftsure.attacks.forced import Forced, within_forced_macs
 from swiftsure.attacks.forms import SUITE_NAMES, attacks_for
 from swiftsure.attacks.gates import deployed, force_gates, gate_forcing
 from swiftsure.attacks.objectives import (

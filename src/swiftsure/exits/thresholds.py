@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def within_macs(
     budget: float,
     rule: str = "entropy",
     attacked: Sequence[Sequence[Tensor]] = (),
-    forced: bool = False,
+    slowed: Sequence[Sequence[Tensor]] = (),
 ) -> Policy:
     """The thresholds of the highest accuracy whose mean cost is within a budget, as far as a search finds them.
 
@@ -135,8 +136,9 @@ def within_macs(
         budget: mean cost allowed.
         rule: a name of `RULES`.
         attacked: for each of several attacks, K logits of the same samples under it. A sample then counts as right
-            where it is right on its clean image and on every attacked one; cost is that of clean images.
-        forced: a sample costs what the dearest of its images does, clean or attacked.
+            where it is right on its clean image and on every attacked one.
+        slowed: for each of several attacks on the cost, K logits of the same samples under it. A sample then costs
+            what the dearest of these and its clean image costs; none: what its clean image does.
 
     Raises:
         InputError: as `equal_share`; attacked logits of other samples or exits; or a budget that is no number or
@@ -153,7 +155,7 @@ def within_macs(
         raise InputError(
             f"macs is {budget!r}; allowed: a number from {macs[0]:,} (all leave at the first exit) on"
         )
-    for number, seen in enumerate(attacked):
+    for number, seen in enumerate([*attacked, *slowed]):
         if [z.shape for z in seen] != [z.shape for z in logits]:
             raise InputError(
                 f"attack {number} has logits of shapes {[tuple(z.shape) for z in seen]}; "
@@ -162,29 +164,44 @@ def within_macs(
     check_labels(y, len(logits[0]), logits[0].shape[1])
     if len(logits) == 1:
         return Policy(rule, ())
-    views = [(scores, _right(logits, y)), *((_scores(seen, rule), _right(seen, y)) for seen in attacked)]
-    search = _Search(views, torch.tensor(macs, dtype=torch.float64), float(budget), forced)
+    views = [
+        _View(scores, _right(logits, y), costs=True),
+        *(_View(_scores(seen, rule), _right(seen, y), costs=False) for seen in attacked),
+        *(_View(_scores(seen, rule), None, costs=True) for seen in slowed),
+    ]
+    search = _Search(views, torch.tensor(macs, dtype=torch.float64), float(min(budget, macs[-1])))
     return _policy(rule, search.run().tolist())
 
 
-class _Search:
-    """Over thresholds on scores that leave when they are small.
+@dataclass(frozen=True, eq=False)
+class _View:
+    """One image of each of N samples.
 
-    Args:
-        views: of clean images, then of each attack: the scores of side exits, (K - 1, N), and whether each exit's
-            label is right, (K, N) bool.
-        macs: (K,).
-        budget: mean cost allowed, of clean images.
-        forced: of the dearest of each sample's images instead.
+    Attributes:
+        scores: of side exits, (K - 1, N), that leave when they are small.
+        right: whether each exit's label is right, (K, N) bool; None where that does not count.
+        costs: whether the sample costs what this image does, if none costs more.
     """
 
-    def __init__(
-        self, views: Sequence[tuple[Tensor, Tensor]], macs: Tensor, budget: float, forced: bool
-    ) -> None:
-        self.views, self.macs, self.budget, self.forced = views, macs, budget, forced
-        self.sides, self.samples = views[0][0].shape
-        # Thresholds are sought among the scores of the images that cost: (K - 1, images).
-        self.scores = torch.cat([scores for scores, _ in views], 1) if forced else views[0][0]
+    scores: Tensor
+    right: Tensor | None
+    costs: bool
+
+
+class _Search:
+    """Over thresholds.
+
+    Args:
+        views: clean images first.
+        macs: (K,), not falling.
+        budget: mean cost allowed.
+    """
+
+    def __init__(self, views: Sequence[_View], macs: Tensor, budget: float) -> None:
+        self.views, self.macs, self.budget = views, macs, budget
+        self.sides, self.samples = views[0].scores.shape
+        # Thresholds are sought among the scores of all images that cost: (K - 1, images).
+        self.scores = torch.cat([view.scores for view in views if view.costs], 1)
         ordered = self.scores.sort(1).values
         places = [round(share * ordered.shape[1]) for share in _SHARES]
         # (K - 1, grid): from "nobody leaves" to "all do".
@@ -253,18 +270,22 @@ class _Search:
     def _measured(self, thresholds: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy and mean cost of policies (P, K - 1): (P,) each."""
         accurate = torch.ones(len(thresholds), self.samples, dtype=torch.bool)
-        dearest = torch.zeros(len(thresholds), self.samples, dtype=torch.float64)
-        for number, (scores, right) in enumerate(self.views):
-            inside, costs = torch.ones_like(accurate), number == 0 or self.forced
+        # Costs do not fall from exit to exit: a sample costs what the image does that gets furthest.
+        reached = [torch.zeros_like(accurate)] * (self.sides + 1)
+        for view in self.views:
+            inside = torch.ones_like(accurate)
             for exit in range(self.sides + 1):
+                if view.costs:
+                    reached[exit] = reached[exit] | inside
                 leaves = inside
                 if exit < self.sides:
-                    leaves = inside & (scores[exit] < thresholds[:, exit, None])
-                accurate &= ~leaves | right[exit]
-                if costs:
-                    dearest = torch.where(leaves, dearest.clamp_min(self.macs[exit]), dearest)
+                    leaves = inside & (view.scores[exit] < thresholds[:, exit, None])
+                if view.right is not None:
+                    accurate &= ~leaves | view.right[exit]
                 inside = inside & ~leaves
-        return accurate.double().mean(1), dearest.mean(1)
+        counts = torch.stack([which.sum(1) for which in reached], 1)
+        counts[:, :-1] -= counts[:, 1:].clone()
+        return accurate.double().mean(1), counts.double() @ self.macs / self.samples
 
 
 def _right(logits: Sequence[Tensor], y: Tensor) -> Tensor:

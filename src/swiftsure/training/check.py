@@ -40,10 +40,10 @@ def check(
     """Clean accuracy of all images; attacked and verified accuracy of the first ones, cheapest evidence first.
 
     With several exits clean and attacked are figures of the network as it would be deployed after this epoch: an image
-    leaves by thresholds fitted, as the recipe says, on these same images. (Those that are deployed in the end come
-    from the other half of the validation split. Two or six numbers fitted on thousands of images flatter little, and
-    all epochs alike.) Robust is who withstands the average form over exits and the defence's own form. Verified is
-    whose deployed answer is certified.
+    leaves by thresholds fitted, as the recipe says, on these same images; a forced budget as one of clean images.
+    (Those that are deployed in the end come from the other half of the validation split. Two or six numbers fitted on
+    thousands of images flatter little, and all epochs alike.) Robust is who withstands the average form over exits and
+    the defence's own form. Verified is whose deployed answer is certified.
 
     A sample that is wrong, or that the attack breaks, costs no bound; with check_method auto, one that intervals prove
     costs no symbolic one.
