@@ -15,14 +15,14 @@ from swiftsure.data import ImageSet
 from swiftsure.errors import InputError
 from swiftsure.exits import MultiExit, Policy, all_logits, in_shares, within_macs
 
-ROUNDS = 8
+ROUNDS = 10
 """Thresholds that are attacked at most."""
-_STEP = 0.7
-"""Power of budget / forced by which an aim moves; with 1 it swings."""
-_CLOSE = 0.97
-"""Share of the budget from which on it counts as used."""
 _FIRST = 3
 """How many attacks of a suite, the quickest, try new thresholds before the others do."""
+_NEAR, _CLOSE = 0.9, 0.97
+"""Shares of the budget from which on the others are worth their time, and it counts as used."""
+_DOWN = 0.7
+"""Power of budget / forced by which an aim falls: what attacks find beyond the known shrinks as more is known."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def within_forced_macs(
         known.append(all_logits(net, ImageSet.from_tensors(found.images, y)))
         return _cost(policy, [clean, *known], costs)
 
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         policy = within_macs(clean, y, costs, aim, rule, attacked, known)
         if policy.thresholds[0] == floor.thresholds[0]:
             # All leave at once, which need not be attacked. The aim is too low, unless nothing else is within it.
@@ -115,17 +115,18 @@ def within_forced_macs(
             continue
         suite = list(slowdown_attacks(policy, steps).items())
         forced = slow_down(policy, suite[:_FIRST])
-        if forced <= macs:
+        highest = aim == macs or number == ROUNDS - 1
+        if forced <= macs and (highest or forced >= _NEAR * macs):
             forced = slow_down(policy, suite[_FIRST:])
+            if forced <= macs:
+                kept.append(policy)
+                if highest or forced >= _CLOSE * macs:
+                    break
         elif progress is not None:
             progress(len(suite) - _FIRST)
-        if forced <= macs:
-            kept.append(policy)
-            if aim == macs or forced >= _CLOSE * macs:
-                break
         # Measured from the first exit's cost, below which no thresholds lead.
-        above = max(forced - costs[0], 1.0)
-        aim = min(costs[0] + (aim - costs[0]) * ((macs - costs[0]) / above) ** _STEP, macs)
+        ratio = (macs - costs[0]) / max(forced - costs[0], 1.0)
+        aim = min(costs[0] + (aim - costs[0]) * ratio ** (_DOWN if ratio < 1 else 1), macs)
     views = [clean, *known]
     measured = [
         Forced(one, len(images), _right(one, [clean, *attacked], y), _cost(one, views, costs)) for one in kept
