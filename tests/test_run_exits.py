@@ -408,7 +408,7 @@ def test_measurements_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         calibrate_run(folder, macs=3, device="cpu")
     with pytest.raises(InputError, match="1 thresholds for 3 exits"):
         calibrate_run(folder, thresholds=[0.5], device="cpu")
-    with pytest.raises(InputError, match="both given"):
+    with pytest.raises(InputError, match="are given together"):
         calibrate_run(folder, thresholds=[0.5, 0.5], macs=1e9, device="cpu")
     with pytest.raises(InputError, match="unknown rule of exits 'entrop'"):
         calibrate_run(folder, policy="entrop", device="cpu")
