@@ -21,7 +21,7 @@ from swiftsure.attacks import (
     square,
     targeted_margin,
 )
-from swiftsure.attacks._square import Draw, bump, mosaic, move_budget, set_window, stripes
+from swiftsure.attacks._square import Draw, bump, learned, mosaic, move_budget, set_window, stripes, uphill
 from swiftsure.attacks._steps import checkpoints
 from swiftsure.ball import Ball
 
@@ -179,6 +179,65 @@ def test_windows_lie_anywhere_inside():
         assert (rows.amax(1) - rows.amin(1) == side - 1).all()
         assert (columns.amax(1) - columns.amin(1) == side - 1).all()
         assert len(windows[:, 0].unique()) == (height - side + 1) * (width - side + 1)
+
+
+def test_windows_around_a_pixel_that_holds_budget():
+    held = torch.zeros(400, 5, 6)
+    held[:, 0, 1] = held[:, 2, 3] = 0.1
+    draw = Draw(generator(), torch.zeros(1))
+    chosen = [draw.window_of(held, side) for side in (1, 2, 3, 5)]
+    assert chosen[0].unique().tolist() == [1, 15]
+    assert chosen[1].unique(dim=0).tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
+    for windows in chosen[2:]:
+        assert (held.flatten(1).gather(1, windows) > 0).any(1).all()
+        assert ((windows % 6).amax(1) - (windows % 6).amin(1) == windows.shape[1] ** 0.5 - 1).all()
+    # Where nobody holds anything, some window all the same.
+    assert draw.window_of(torch.zeros(3, 5, 6), 2).shape == (3, 4)
+
+
+def test_what_square_learns_of_the_slope():
+    """Of a linear objective n independent moves tell all, and none of them is forgotten where they are orthogonal."""
+    true = torch.randn(2, 1, 3, 3, generator=generator())
+    slope = torch.zeros_like(true)
+    for pixel in range(9):
+        move = torch.zeros_like(true)
+        move.flatten(1)[:, pixel] = 0.1 * (pixel + 1)
+        slope = learned(slope, move, (true * move).flatten(1).sum(1))
+    torch.testing.assert_close(slope, true)
+    again = learned(slope, torch.ones_like(true), true.flatten(1).sum(1))
+    torch.testing.assert_close(again, true)
+    # A first look has no rise, a rounded network no slope: nothing moves, nothing is learned.
+    for rise in (math.inf, math.nan, -math.inf):
+        assert torch.equal(learned(slope, torch.ones_like(true), torch.full((2,), rise)), slope)
+    assert torch.equal(learned(slope, torch.zeros_like(true), torch.ones(2)), slope)
+    assert torch.equal(learned(slope, torch.full_like(true, 1e-30), torch.ones(2)), slope)
+    x, draw = images(0, 40, 1, 4, 4), Draw(generator(), torch.zeros(1))
+    steep = torch.randn(x.shape, generator=generator())
+    for norm in ("2", "1"):
+        ball = Ball(0.7, norm)
+        best = ball.sample(x, generator())
+        goal, tried = ball.maximiser(x, steep), uphill(x, best, steep, ball, draw)
+        gained, most = ((steep * (to - best)).flatten(1).sum(1) for to in (tried, goal))
+        part = gained / most
+        assert ball.contains(tried, x).all()
+        assert (part > 0).all()
+        assert ((part - 1).abs() < 1e-4).sum() in range(5, 25)
+
+
+def test_square_does_not_walk_back_where_it_has_learned_nothing():
+    """A plateau everywhere: what is tried stays as far out as the start is, and is no clean image."""
+    seen = []
+
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return torch.tensor([[1.0, 0.0]]).expand(len(x), -1)
+
+    x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
+    for norm, eps in (("2", 0.8), ("1", 3.0)):
+        ball = Ball(eps, norm)
+        x_adv = square(Flat(), x, y, ball, steps=60, generator=generator())
+        torch.testing.assert_close(ball.distance(x_adv, x), torch.full((2,), eps), rtol=1e-2, atol=0)
 
 
 def test_moves_of_the_square_attack():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from attacked import NORMS, TwoExits, conv_net, generator, images
-from swiftsure.attacks._interval import worst_slope
+from swiftsure.attacks import interval_attack, never
+from swiftsure.attacks._interval import bent_units, worst_slope
 from swiftsure.ball import Ball
 from swiftsure.bounds import Region, linear_map, memory, symbolic, trace
 from trained import held_out, network
@@ -37,9 +38,11 @@ def test_linear_map_holds_and_is_the_symbolic_bound(name, norm):
         with torch.no_grad():
             found = linear_map(graph, region, spec, output)
             lower, upper = symbolic(graph, region, spec)[output]
+            loose = linear_map(graph, region, spec, output, refine=False)
         assert found.coefficients.shape == (len(x), 4, *x.shape[1:])
         assert (found.error >= 0).all()
         torch.testing.assert_close(found.lower, lower, rtol=1e-6, atol=1e-6)
+        assert (loose.lower <= lower + 1e-5).all()
         for number in range(40):
             point = ball.sample(x, generator(number))
             if number % 2:
@@ -48,6 +51,8 @@ def test_linear_map_holds_and_is_the_symbolic_bound(name, norm):
                 values = (spec @ graph.values(point)[output][..., None])[..., 0]
             line = found.value + (found.coefficients * (point - region.center)[:, None]).flatten(2).sum(2)
             assert ((values - line).abs() <= found.error + 1e-5).all()
+            line = loose.value + (loose.coefficients * (point - region.center)[:, None]).flatten(2).sum(2)
+            assert ((values - line).abs() <= loose.error + 1e-5).all()
             assert (values <= upper + 1e-5).all()
 
 
@@ -104,3 +109,27 @@ def test_samples_in_small_parts_get_the_same_slopes():
     for number in range(6):
         alone = worst_slope(graph, x[number : number + 1], y[number : number + 1], Ball(0.1))
         torch.testing.assert_close(whole[number], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_units_are_refined_where_they_are_few(monkeypatch):
+    net, x = several("pooled")
+    y, graph = torch.zeros(6, dtype=torch.long), trace(net, x)
+    # 4 x 6 x 6 into the ReLU and into the pooling, 9 into tanh.
+    assert bent_units(graph) == 144 + 144 + 9
+    asked: list[bool] = []
+
+    def watched(*args, refine):
+        asked.append(refine)
+        return linear_map(*args, refine=refine)
+
+    monkeypatch.setattr("swiftsure.attacks._interval.linear_map", watched)
+    for most, chosen, expected in (
+        (297, None, True),
+        (296, None, False),
+        (296, True, True),
+        (297, False, False),
+    ):
+        monkeypatch.setattr("swiftsure.attacks._interval._MOST_REFINED", most)
+        interval_attack(net, x, y, Ball(0.1), steps=1, restarts=1, moves=1, judge=never, refine=chosen)
+        assert set(asked) == {expected}
+        asked.clear()

@@ -57,20 +57,22 @@ def test_within_one_percent(norm, size, clipped):
         assert share_reached(x_adv, x, weight, ball) >= 0.99
 
 
-def test_square_at_five_thousand_queries():
-    """Weights of white noise in L-inf; in L2, whose windows hold bumps, weights that are smooth."""
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("smooth", "clipped"), [(False, True), (True, False)])
+def test_square_at_five_thousand_queries(norm, smooth, clipped):
+    """Weights of white noise, and smoothed over 7x7."""
     net, side = linear(28), 28
-    x, y = images(3, 2, 1, side, side), torch.zeros(2, dtype=torch.long)
-    attack = partial(square, judge=never, generator=generator())
+    if smooth:
+        weights = net[1].weight.data.view(2, 1, side, side)
+        net[1].weight.data = F.avg_pool2d(weights, 7, 1, 3).view(2, -1)
     weight = (net[1].weight[1] - net[1].weight[0]).detach()
-    for clipped in (False, True):
-        ball = ball_of("inf", 0.2, side, clipped)
-        assert share_reached(attack(net, x, y, ball), x, weight, ball) >= 0.85
-    images_of_weight = net[1].weight.data.view(2, 1, side, side)
-    net[1].weight.data = F.avg_pool2d(images_of_weight, 7, 1, 3).view(2, -1)
-    weight = (net[1].weight[1] - net[1].weight[0]).detach()
-    ball = ball_of("2", 0.1, side, True)
-    assert share_reached(attack(net, x, y, ball), x, weight, ball) >= 0.85
+    x, y, ball = (
+        images(3, 2, 1, side, side),
+        torch.zeros(2, dtype=torch.long),
+        ball_of(norm, 0.1, side, clipped),
+    )
+    x_adv = square(net, x, y, ball, judge=never, generator=generator())
+    assert share_reached(x_adv, x, weight, ball) >= 0.85
 
 
 def test_wrm_comes_to_rest_where_loss_and_cost_balance():

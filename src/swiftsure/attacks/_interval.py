@@ -20,11 +20,13 @@ from swiftsure.attacks._pgd import PATH, check_options, climb
 from swiftsure.attacks._restarts import Found, worst_of
 from swiftsure.attacks.objectives import Judge, Objective, check_exit, cross_entropy, misclassified
 from swiftsure.ball import Ball
-from swiftsure.bounds import Graph, Region, linear_map, memory, trace
+from swiftsure.bounds import Graph, Region, linear_map, memory, operations, trace
 from swiftsure.errors import InputError, UnsupportedError
 
 # The region that is looked at has a radius of eps / 30 at first and eps / 2 at most, and triples in between.
 _FIRST, _LARGEST, _GROWTH = 1 / 30, 1 / 2, 3
+# With more hidden units than these, each is bounded by intervals: a row back to the image for each takes hours.
+_MOST_REFINED = 10_000
 
 
 def interval_attack(
@@ -39,6 +41,7 @@ def interval_attack(
     step_size: float | None = None,
     restarts: int = 50,
     moves: int = 3,
+    refine: bool | None = None,
     exit: int = -1,
     generator: torch.Generator | None = None,
     report: GradientReport | None = None,
@@ -62,6 +65,8 @@ def interval_attack(
         step_size: as of `pgd`; None: eps / 30 for "inf", as in the paper's runs at 0.3, else as `pgd`.
         restarts: how many runs at most; the first starts at x, the others at random points of the ball.
         moves: how many times bounds are asked in each run.
+        refine: whether hidden units are bounded by the symbolic relaxation too, and not by intervals alone; None:
+            up to ten thousand of them.
         exit: which exit's logits are bounded, counted from 0; -1 is the last.
         generator: makes the starts reproducible; None draws from torch's global one.
         report: counts zero and non-finite gradients, if given.
@@ -86,6 +91,8 @@ def interval_attack(
     except InputError as error:
         raise UnsupportedError(str(error)) from None
     check_exit(exit, len(graph.outputs))
+    if refine is None:
+        refine = bent_units(graph) <= _MOST_REFINED
     if graph.nodes[graph.outputs[exit]].shape[0] < 2:
         # No wrong class to go to.
         moves = 0
@@ -109,7 +116,7 @@ def interval_attack(
         now, left = keep(*climb(net, x, y, start, ball, objective, judge, steps, step_size, tally))
         for _ in range(moves):
             if len(left):
-                slope = worst_slope(graph, now, y[left], ball, exit)
+                slope = worst_slope(graph, now, y[left], ball, exit, refine)
                 now, left = look(ball.maximiser(x[left], slope))
         if len(left) and moves:
             keep(*climb(net, x[left], y[left], now, ball, objective, judge, steps, step_size, tally))
@@ -123,7 +130,9 @@ def interval_attack(
 
 
 @torch.no_grad()
-def worst_slope(graph: Graph, point: Tensor, y: Tensor, ball: Ball, exit: int = -1) -> Tensor:
+def worst_slope(
+    graph: Graph, point: Tensor, y: Tensor, ball: Ball, exit: int = -1, refine: bool = True
+) -> Tensor:
     """How the most threatening wrong class grows with the image, around each point: like point.
 
     Threatening is the class whose logit's upper bound exceeds the true one's by most, in the smallest region where
@@ -135,6 +144,7 @@ def worst_slope(graph: Graph, point: Tensor, y: Tensor, ball: Ball, exit: int = 
         y: labels, (B,).
         ball: whose radius and norm set the regions' size.
         exit: which exit's logits.
+        refine: as of `linear_map`.
     """
     slope = torch.zeros_like(point)
     left = torch.arange(len(point), device=point.device)
@@ -144,7 +154,9 @@ def worst_slope(graph: Graph, point: Tensor, y: Tensor, ball: Ball, exit: int = 
         region = ball.with_eps(share * ball.radius)
         standing = []
         for part in left.split(most):
-            found = linear_map(graph, Region(point[part], region), _margins(graph, y[part], point), exit)
+            found = linear_map(
+                graph, Region(point[part], region), _margins(graph, y[part], point), exit, refine=refine
+            )
             lower, worst = found.lower.min(1)
             slope[part] = -found.coefficients[torch.arange(len(part), device=part.device), worst]
             standing.append(part[lower > 0])
@@ -153,6 +165,16 @@ def worst_slope(graph: Graph, point: Tensor, y: Tensor, ball: Ball, exit: int = 
             break
         share = min(share * _GROWTH, _LARGEST)
     return torch.nan_to_num(slope)
+
+
+def bent_units(graph: Graph) -> int:
+    """How many values of one image enter an activation or a max pooling."""
+    sources = {
+        node.inputs[0]
+        for node in graph.nodes
+        if isinstance(node.operation, operations.Bent | operations.MaxPool2d)
+    }
+    return sum(math.prod(graph.nodes[source].shape) for source in sources)
 
 
 def _margins(graph: Graph, y: Tensor, like: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from swiftsure.errors import InputError
 _HALVINGS = (0.001, 0.005, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8)
 # Budget moves are whole up to this share of the queries; from then on every other one is a part.
 _BOLD = 0.2
+# Of so many queries in L2 and L1 one goes where those before it say that the objective rises.
+_ASK_MEMORY = 10
 
 
 def square(
@@ -49,8 +51,9 @@ def square(
     signs of its own, and drops out of the batch as soon as it is broken.
 
     Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; a
-    bump in L1 is one pixel, as budget spread thinly there moves little; and in L2 and L1 every other late query moves
-    only a random part of the budget, half of the time in the shape of one bump.
+    bump in L1 is one pixel, as budget spread thinly there moves little; in L2 and L1 every other late query moves
+    only a random part of the budget, half of the time in the shape of one bump, and every tenth goes some of the way
+    to the point of the ball that is best by the slope which all answers so far tell (`learned`).
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; left as found.
@@ -78,7 +81,8 @@ def square(
     x, y = checked_inputs(net, x, y, ball)
     if ball.radius == 0 or len(x) == 0:
         return x.clone()
-    begin, propose = (stripes, set_window) if ball.norm == "inf" else (mosaic, move_budget)
+    boxed = ball.norm == "inf"
+    begin, propose = (stripes, set_window) if boxed else (mosaic, move_budget)
     height, width = x.shape[2:]
 
     def run(number: int, x: Tensor, y: Tensor) -> Found:
@@ -86,9 +90,12 @@ def square(
         found = Found(x.clone(), x.new_full((len(x),), -math.inf), torch.zeros_like(y, dtype=torch.bool))
         left = torch.arange(len(x), device=x.device)
         best, best_loss, tried = x, found.loss, begin(x, ball, draw)
+        slope = torch.zeros_like(x)
         for step in range(steps + 1):
             logits, loss, _ = looked_at(net, tried, y, objective, gradient=False)
             broken = judge(logits, y)
+            if not boxed:
+                slope = learned(slope, tried - best, (loss - best_loss).to(x.dtype))
             # Not only where it rises: outputs that were rounded have plateaus, and this walks across them.
             better = (loss >= best_loss) | broken
             best = torch.where(better.view(-1, 1, 1, 1), tried, best)
@@ -97,13 +104,19 @@ def square(
                 done = left[broken]
                 found.x_adv[done], found.loss[done] = best[broken], best_loss[broken]
                 found.broken[done] = True
-                left, x, y, best, best_loss = (t[~broken] for t in (left, x, y, best, best_loss))
+                left, x, y, best, best_loss, slope = (
+                    t[~broken] for t in (left, x, y, best, best_loss, slope)
+                )
             if step == steps or len(left) == 0:
                 break
             part = share / 2 ** sum(step >= mark * steps for mark in _HALVINGS)
             side = min(max(1, int(math.sqrt(part * height * width))), height, width)
             fine = step > _BOLD * steps and step % 2 == 1
             tried = propose(x, best, side, fine, ball, draw)
+            if not boxed and step % _ASK_MEMORY == _ASK_MEMORY - 1:
+                tried = torch.where(
+                    slope.flatten(1).any(1).view(-1, 1, 1, 1), uphill(x, best, slope, ball, draw), tried
+                )
         found.x_adv[left], found.loss[left] = best, best_loss
         return found
 
@@ -132,9 +145,22 @@ class Draw:
         """Flat indices of the pixels of one random window each: (count, side * side), row by row."""
         places = torch.rand(2, count, generator=self.generator, device=self.device).to(self.like.device)
         top, left = (places * places.new_tensor([[height - side + 1], [width - side + 1]])).long()
-        offsets = torch.arange(side, device=self.like.device)
-        inside = (offsets[:, None] * width + offsets).flatten()
-        return (top * width + left)[:, None] + inside
+        return _pixels(top, left, side, width)
+
+    def window_of(self, held: Tensor, side: int) -> Tensor:
+        """As `windows`, each around one pixel of those where held (count, height, width) is above 0, any of them."""
+        count, height, width = held.shape
+        drawn = torch.rand(count, height * width, generator=self.generator, device=self.device).to(held)
+        pixel = ((1 - drawn) * (held.flatten(1) > 0)).argmax(1)
+        top = (pixel // width - side // 2).clamp(0, height - side)
+        left = (pixel % width - side // 2).clamp(0, width - side)
+        return _pixels(top, left, side, width)
+
+
+def _pixels(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
+    """Flat indices of the pixels of the windows with those corners, (count,) each: (count, side * side)."""
+    offsets = torch.arange(side, device=top.device)
+    return (top * width + left)[:, None] + (offsets[:, None] * width + offsets).flatten()
 
 
 def stripes(x: Tensor, ball: Ball, draw: Draw) -> Tensor:
@@ -179,7 +205,12 @@ def move_budget(x: Tensor, best: Tensor, side: int, fine: bool, ball: Ball, draw
     side = max(side, 2) if fine else max(side + 1 - side % 2, 3)
     side = min(side, height, width)
     delta = (best - x).flatten(2)
-    gains, loses = (draw.windows(batch, side, height, width)[:, None].expand(-1, channels, -1) for _ in "12")
+    gains, loses = (draw.windows(batch, side, height, width) for _ in "12")
+    # Of an empty window nothing can be taken, and in L1 most are empty.
+    held = delta.abs().sum(1)
+    empty = held.gather(1, loses).sum(1, keepdim=True) == 0
+    loses = torch.where(empty, draw.window_of(held.view(batch, height, width), side), loses)
+    gains, loses = (windows[:, None].expand(-1, channels, -1) for windows in (gains, loses))
     kept = 1 - draw.shares(batch) ** 2 if fine else torch.zeros_like(delta[:, :1, :1])
     rest = delta.scatter(2, loses, delta.gather(2, loses) * kept ** (1 / power))
     rest = rest.scatter(2, gains, 0.0)
@@ -191,11 +222,31 @@ def move_budget(x: Tensor, best: Tensor, side: int, fine: bool, ball: Ball, draw
     # What lies idle belongs to all channels alike; what the two windows give up stays in its channel.
     idle = (ball.radius**power - spent(delta).sum(1, keepdim=True)).clamp_min(0) / channels
     budget = (spent(delta) - spent(rest)).clamp_min(0) + idle
-    held = delta.gather(2, gains)
+    old = delta.gather(2, gains)
     new = _unit(_shapes(side, fine, batch, draw, ball.norm) * draw.signs(batch, channels, 1), power)
-    new = _unit((new * draw.shares(batch) if fine else new) + _unit(held, power), power)
+    new = _unit((new * draw.shares(batch) if fine else new) + _unit(old, power), power)
     new = new * budget ** (1 / power)
     return ball.project(x + rest.scatter(2, gains, new).view_as(x), x)
+
+
+def learned(slope: Tensor, move: Tensor, rise: Tensor) -> Tensor:
+    """The slope nearest to the one believed in that explains what a move did (Kaczmarz's projection).
+
+    Args:
+        slope: of the objective by pixel as far as it is known, (B, C, H, W).
+        move: a change of the image, shaped like it.
+        rise: of the objective by that move, (B,); nothing is learned where it is no number, or nothing moved.
+    """
+    length = move.flatten(1).square().sum(1)
+    surprise = rise - (slope * move).flatten(1).sum(1)
+    step = torch.where((length > 0) & surprise.isfinite(), surprise / length, 0.0)
+    return slope + torch.where(step.isfinite(), step, 0.0).view(-1, 1, 1, 1) * move
+
+
+def uphill(x: Tensor, best: Tensor, slope: Tensor, ball: Ball, draw: Draw) -> Tensor:
+    """best moved towards the point of the ball that is furthest up the slope; one time in three all the way."""
+    part = (1.5 * draw.shares(len(x))).clamp_max(1).view(-1, 1, 1, 1)
+    return ball.project(best + part * (ball.maximiser(x, slope) - best), x)
 
 
 def _shapes(side: int, fine: bool, batch: int, draw: Draw, norm: str) -> Tensor:

@@ -39,7 +39,9 @@ class _Recording(Region):
         return super().reach(rows)
 
 
-def linear_map(graph: Graph, region: Region, spec: Tensor, output: int = -1) -> LinearMap:
+def linear_map(
+    graph: Graph, region: Region, spec: Tensor, output: int = -1, *, refine: bool = True
+) -> LinearMap:
     """Linear functions of one output's logits as linear functions of the image, by MixTrain's relaxation.
 
     Its lines are parallel, so one set of coefficients bounds a function from both sides (`symbolic`).
@@ -49,8 +51,10 @@ def linear_map(graph: Graph, region: Region, spec: Tensor, output: int = -1) -> 
         region: the images that it holds for.
         spec: (batch, functions, classes), rows of functions of the logits.
         output: which exit, counted from 0; -1 is the last.
+        refine: whether hidden units are bounded by the relaxation as well, as `symbolic` does, or by intervals
+            alone: looser, but a row for each function instead of one for each unit.
     """
-    network = Substitution(graph, _Recording(region.x, region.ball), "parallel", refine=True)
+    network = Substitution(graph, _Recording(region.x, region.ball), "parallel", refine=refine)
     target = graph.outputs[output]
     batch, count = spec.shape[:2]
     coefficients, falls, reaches = [], [], []
