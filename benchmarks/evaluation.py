@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from swiftsure import run, run_attacks
 from swiftsure.attacks import SUITE_NAMES, SlowdownResult, attacks_for, run_slowdown, run_suite
@@ -31,8 +32,8 @@ from swiftsure.subject import Subject, open_subject
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def table(subject: Subject, attacked: Attacked) -> list[str]:
-    """Lines of markdown: a row an attack."""
+def table(subject: Subject, attacked: Attacked, suite: str) -> list[str]:
+    """Lines of markdown: a row an attack, and what suite full adds to standard."""
     found, slowed = attacked.found, attacked.slowed
     several = slowed is not None
     columns = ["attack", "accuracy", "8-bit", "seconds", *(["multiply-adds"] if several else [])]
@@ -50,6 +51,10 @@ def table(subject: Subject, attacked: Attacked) -> list[str]:
     row("none", clean, clean, None, slowed.clean.macs.double().mean().item() if slowed else None)
     for name, left in found.accuracy.items():
         row(name, left, rounded[name], found.seconds.get(name), found.macs.get(name))
+    if suite == "full":
+        names = [name for name in _attacks_of("standard", subject) if name in found.broken]
+        broken = torch.stack([found.misclassified, *(found.broken[name] for name in names)]).any(0)
+        row("union of suite standard", float((~broken).double().mean()), None, None, None)
     if slowed is not None:
         for name, answer in slowed.slowed.items():
             row(name, None, None, slowed.seconds[name], answer.macs.double().mean().item())
@@ -88,8 +93,7 @@ def usage(subject: Subject, attacked: Attacked) -> list[str]:
 def some(subject: Subject, suite: str, names: Sequence[str], clock: Callable[[], float]) -> list[str]:
     """Lines of markdown: a row for each of those attacks that the suite has for this network."""
     net: Any = subject.net
-    policy = net.policy if subject.exits > 1 else None
-    suites = attacks_for(suite, subject.exits, subject.images.shape[0], policy)
+    suites = _attacks_of(suite, subject)
     x, y = subject.images.batch(slice(None))
     with certifying(net), channels_last(net, x[:2]):
         if "slowdown" in names:
@@ -115,6 +119,13 @@ def slowdown(found: SlowdownResult) -> list[str]:
         seconds = f"{found.seconds[name]:.1f}" if name in found.seconds else ""
         lines.append(f"| {name} | {seconds} | {answer.macs.double().mean():,.0f} |")
     return [*lines, "", f"{found.guard.verdict}: {found.guard.reason}"]
+
+
+def _attacks_of(suite: str, subject: Subject) -> dict[str, Callable[..., Tensor]]:
+    net: Any = subject.net
+    return attacks_for(
+        suite, subject.exits, subject.images.shape[0], net.policy if subject.exits > 1 else None
+    )
 
 
 def _percent(share: float | None) -> str:
@@ -167,7 +178,7 @@ def main() -> int:
             f"L{subject.ball.norm} eps {subject.ball.radius:g}, suite {options.suite}, {where}, "
             f"{seconds:.0f} s{' of its own' if options.cpu_time else ''}.\n"
         )
-        for part in (table(subject, attacked), guards(attacked), usage(subject, attacked)):
+        for part in (table(subject, attacked, options.suite), guards(attacked), usage(subject, attacked)):
             print("\n".join(part) + "\n", flush=True)
     return 0
 

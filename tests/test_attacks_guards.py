@@ -61,16 +61,18 @@ def test_broken_defences_are_broken_or_flagged(name, truth):
     broken = found.accuracy["union"] <= truth + 0.05
     assert broken or said.verdict == SUSPICIOUS
     alone = found.accuracy["pgd40"]
+    # PGD-40 neither breaks nor flags it: it states far more than is left, and than is left of the undefended network.
+    left = ~found.union
+    left[list(said.broken)] = False
+    assert left.double().mean() <= alone - 0.2
     if name == "dropout left on":
-        # Noise averages out over forty steps; but what PGD reports is another figure each time, and it does not say so.
+        # Noise averages out over forty steps, so that much is lost; what is reported is another figure each time.
         assert said.checks["randomness"].verdict == SUSPICIOUS
         again = run_suite(net, x, y, BALL, attacks={"pgd40": partial(pgd, steps=40)})
         assert not torch.equal(again.broken["pgd40"], found.broken["pgd40"])
+        assert alone >= truth + 0.1
     else:
         assert alone >= 0.5 > truth + 0.2
-        left = ~found.union
-        left[list(said.broken)] = False
-        assert left.double().mean() <= alone - 0.2
     if name == "masked weak exit, false slopes":
         reason = said.checks["gradients"].reason
         assert reason.startswith("exit 1, which may answer, does not change as its gradients say")
