@@ -240,7 +240,8 @@ def learned(slope: Tensor, move: Tensor, rise: Tensor) -> Tensor:
     length = move.flatten(1).square().sum(1)
     surprise = rise - (slope * move).flatten(1).sum(1)
     step = torch.where((length > 0) & surprise.isfinite(), surprise / length, 0.0)
-    return slope + torch.where(step.isfinite(), step, 0.0).view(-1, 1, 1, 1) * move
+    better = slope + step.view(-1, 1, 1, 1) * move
+    return torch.where(better.isfinite(), better, slope)
 
 
 def uphill(x: Tensor, best: Tensor, slope: Tensor, ball: Ball, draw: Draw) -> Tensor:
