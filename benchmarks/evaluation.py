@@ -53,8 +53,11 @@ def table(subject: Subject, attacked: Attacked, suite: str) -> list[str]:
         row(name, left, rounded[name], found.seconds.get(name), found.macs.get(name))
     if suite == "full":
         names = [name for name in _attacks_of("standard", subject) if name in found.broken]
-        broken = torch.stack([found.misclassified, *(found.broken[name] for name in names)]).any(0)
-        row("union of suite standard", float((~broken).double().mean()), None, None, None)
+        left, left_8bit = (
+            float((~torch.stack([found.misclassified, *(by[name] for name in names)]).any(0)).double().mean())
+            for by in (found.broken, found.broken_8bit)
+        )
+        row("union of standard's attacks", left, left_8bit, None, None)
     if slowed is not None:
         for name, answer in slowed.slowed.items():
             row(name, None, None, slowed.seconds[name], answer.macs.double().mean().item())

@@ -210,7 +210,8 @@ def test_what_square_learns_of_the_slope():
     for rise in (math.inf, math.nan, -math.inf):
         assert torch.equal(learned(slope, torch.ones_like(true), torch.full((2,), rise)), slope)
     assert torch.equal(learned(slope, torch.zeros_like(true), torch.ones(2)), slope)
-    assert torch.equal(learned(slope, torch.full_like(true, 1e-30), torch.ones(2)), slope)
+    # A change so small that what it tells is beyond float32.
+    assert torch.equal(learned(slope, torch.full_like(true, 1e-19), torch.full((2,), 1e3)), slope)
     x, draw = images(0, 40, 1, 4, 4), Draw(generator(), torch.zeros(1))
     steep = torch.randn(x.shape, generator=generator())
     for norm in ("2", "1"):
@@ -262,6 +263,15 @@ def test_moves_of_the_square_attack():
             changed = ((tried - best).abs() > 1e-6).any(1).flatten(1).sum(1)
             assert (changed <= 18).all()
             assert (changed > 0).all()
+
+
+def test_budget_is_taken_from_where_it_is():
+    draw, x = Draw(generator(), torch.zeros(1)), torch.full((200, 2, 12, 12), 0.5)
+    best = x.clone()
+    best[:, 1, 4, 7] += 0.4
+    for norm in ("2", "1"):
+        tried = move_budget(x, best, 3, False, Ball(0.4, norm), draw)
+        assert ((tried - best).abs().flatten(1).amax(1) > 0.01).all()
 
 
 def test_a_bump_is_highest_in_the_middle():

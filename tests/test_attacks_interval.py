@@ -43,6 +43,9 @@ def test_linear_map_holds_and_is_the_symbolic_bound(name, norm):
         assert (found.error >= 0).all()
         torch.testing.assert_close(found.lower, lower, rtol=1e-6, atol=1e-6)
         assert (loose.lower <= lower + 1e-5).all()
+        # The second activation's bounds are what differs.
+        if name in ("digits", "pooled"):
+            assert (loose.lower < lower - 1e-3).any()
         for number in range(40):
             point = ball.sample(x, generator(number))
             if number % 2:

@@ -49,8 +49,9 @@ def interval_attack(
     A move looks at a region around the present point and lets it grow until the bounds no longer prove the label
     there. The wrong class with the worst bound has a linear function of the image above it (`bounds.linear_map`);
     the point that this function is largest at, over the whole ball around x, is the next: for L-inf the corner that
-    the coefficients' signs name. Each restart makes `moves` of them between two gradient attacks; the point of largest
-    objective on the way is kept. A broken sample takes no further part.
+    the coefficients' signs name. Hidden units are bounded by intervals, unless `refine` asks for the paper's bounds.
+    Each restart makes `moves` moves between two gradient attacks; the point of largest objective on the way is
+    kept. A broken sample takes no further part.
 
     Args:
         net: an architecture with the operations of docs/operations.md; returns logits, or a tuple, one per exit.
@@ -64,7 +65,7 @@ def interval_attack(
         restarts: how many runs at most; the first starts at x, the others at random points of the ball.
         moves: how many times bounds are asked in each run.
         refine: whether hidden units are bounded by the symbolic relaxation too, as in the paper, and not by intervals
-            alone: it finds a little more in a restart, and less in the same time, as every unit takes a row of its own.
+            alone: tighter, but every unit takes a row of its own (docs/evaluation.md has what that finds and costs).
         exit: which exit's logits are bounded, counted from 0; -1 is the last.
         generator: makes the starts reproducible; None draws from torch's global one.
         report: counts zero and non-finite gradients, if given.

@@ -52,8 +52,8 @@ def square(
 
     Ours: ties are kept; a window that would change nothing takes the other sign; the smallest window is one pixel; a
     bump in L1 is one pixel, as budget spread thinly there moves little; in L2 and L1 every other late query moves
-    only a random part of the budget, half of the time in the shape of one bump, and every tenth goes some of the way
-    to the point of the ball that is best by the slope which all answers so far tell (`learned`).
+    only a random part of the budget, half of the time in the shape of one bump, and every tenth goes some or all of
+    the way to the point of the ball that is best by the slope which all answers so far tell (`learned`).
 
     Args:
         net: returns logits (B, classes), or a tuple of them, one per exit; left as found.
