@@ -227,7 +227,7 @@ def test_what_square_learns_of_the_slope():
 
 def test_square_does_not_walk_back_where_it_has_learned_nothing():
     """A plateau everywhere: what is tried stays as far out as the start is, and is no clean image."""
-    seen = []
+    seen: list[torch.Tensor] = []
 
     class Flat(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -236,8 +236,13 @@ def test_square_does_not_walk_back_where_it_has_learned_nothing():
 
     x, y = torch.full((2, 1, 8, 8), 0.5), torch.zeros(2, dtype=torch.long)
     for norm, eps in (("2", 0.8), ("1", 3.0)):
-        ball = Ball(eps, norm)
+        # No pixel may come to the end of its range, where budget lies idle.
+        ball = Ball(eps, norm, low=-9, high=9)
+        seen.clear()
         x_adv = square(Flat(), x, y, ball, steps=60, generator=generator())
+        queries = [tried for tried in seen if len(tried) == 2]
+        assert len(queries) >= 61
+        assert all((ball.distance(tried, x) > 0.9 * eps).all() for tried in queries[-61:])
         torch.testing.assert_close(ball.distance(x_adv, x), torch.full((2,), eps), rtol=1e-2, atol=0)
 
 

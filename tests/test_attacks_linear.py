@@ -59,7 +59,8 @@ def test_within_one_percent(norm, size, clipped):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
-    ("smooth", "clipped", "size"), [(False, True, 0.1), (True, False, 0.1), (False, True, 0.6)]
+    ("smooth", "clipped", "size"),
+    [(False, True, 0.1), (True, False, 0.1), (False, True, 0.6), (False, False, 0.2)],
 )
 def test_square_at_five_thousand_queries(norm, smooth, clipped, size):
     """Weights of white noise, and smoothed over 7x7."""
